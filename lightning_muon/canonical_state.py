@@ -1,0 +1,112 @@
+"""The canonical optimizer state: what one process would have saved, whatever the number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_muon.partition import NamedState, Range
+
+__all__ = ["match", "pack", "unpack_"]
+
+_KEYS = {"muon": frozenset({"momentum_buffer"}), "adamw": frozenset({"exp_avg", "exp_avg_sq", "step"})}
+
+
+def pack(state_dict: dict[str, Any], params: Mapping[str, Tensor], consolidated: NamedState | None) -> dict[str, Any]:
+    """torch's ``state_dict()`` with whole tensors, and ``step`` as the tensor that ``torch.optim.AdamW`` saves.
+
+    Args:
+        state_dict: What ``torch.optim.Optimizer.state_dict`` gave.
+        params: The trained parameters by name.
+        consolidated: The whole state, flat, by name; ``None`` if the state in ``state_dict`` is whole.
+    """
+    state = {}
+    for group in state_dict["param_groups"]:
+        for index, name in zip(group["params"], group["param_names"], strict=True):
+            entries = state_dict["state"].get(index, {}) if consolidated is None else consolidated[name]
+            shape = params[name].shape
+            state[index] = {
+                key: value.view(shape) if isinstance(value, Tensor) and key != "step" else torch.tensor(float(value))
+                for key, value in entries.items()
+            }
+    return {**state_dict, "state": state}
+
+
+def match(
+    state_dict: Mapping[str, Any], param_groups: Sequence[Mapping[str, Any]]
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Find every parameter's saved state by name, and check all of it before anything is changed.
+
+    Args:
+        state_dict: A canonical state.
+        param_groups: The groups of the optimizer that loads it.
+
+    Returns:
+        The saved groups in the order of ``param_groups``, and the saved state by parameter name.
+
+    Raises:
+        ValueError: Names, groups, routes or shapes differ.
+    """
+    saved_groups = [dict(group) for group in state_dict["param_groups"]]
+    if not all("param_names" in group for group in saved_groups):
+        raise ValueError("This optimizer state has no parameter names; it was not saved by lightning_muon.Muon.")
+    saved = {
+        name: (group, state_dict["state"].get(index, {}))
+        for group in saved_groups
+        for index, name in zip(group["params"], group["param_names"], strict=True)
+    }
+    names = [name for group in param_groups for name in group["param_names"]]
+    missing, unexpected = sorted(set(names) - set(saved)), sorted(set(saved) - set(names))
+    if missing or unexpected:
+        raise ValueError(
+            "This optimizer state is of another model."
+            f" Parameters it lacks: {_some(missing)}. Parameters it has besides: {_some(unexpected)}."
+        )
+    groups = []
+    for group in param_groups:
+        partner = saved[group["param_names"][0]][0]
+        if set(partner["param_names"]) != set(group["param_names"]):
+            raise ValueError(
+                f"The saved parameter groups are put together differently: {group['name']!r} here holds"
+                f" {_some(group['param_names'])}; {partner.get('name')!r} there {_some(partner['param_names'])}."
+            )
+        if partner["algorithm"] != group["algorithm"]:
+            raise ValueError(
+                f"Group {group['name']!r} was trained by {partner['algorithm']} and is now routed to"
+                f" {group['algorithm']}; use the rules of the saved run."
+            )
+        for name, param in zip(group["param_names"], group["params"], strict=True):
+            _check_entries(name, param, group["algorithm"], saved[name][1])
+        groups.append({**partner, "params": group["params"], "param_names": group["param_names"]})
+    for group in groups:
+        group["params"] = list(range(len(group["params"])))
+    return groups, {name: entries for name, (_, entries) in saved.items()}
+
+
+def _check_entries(name: str, param: Tensor, algorithm: str, entries: Mapping[str, Any]) -> None:
+    if set(entries) != _KEYS[algorithm]:
+        raise ValueError(f"The saved state of {name!r} has {sorted(entries)}; expected {sorted(_KEYS[algorithm])}.")
+    for key, value in entries.items():
+        if key != "step" and value.shape != param.shape:
+            raise ValueError(
+                f"The saved {key} of {name!r} has shape {tuple(value.shape)}, the parameter {tuple(param.shape)}:"
+                " the state is of another model."
+            )
+
+
+def unpack_(state: dict[str, Any], saved: Mapping[str, Any], ranges: Sequence[Range]) -> None:
+    """Copy the owned part of a saved state into ``state``, in the dtype and on the device that it has there."""
+    for key, value in saved.items():
+        if key == "step":
+            if "step" in state:
+                state["step"] = float(value)
+        elif key in state:
+            flat = value.reshape(-1)
+            state[key].view(-1).copy_(torch.cat([flat[start:stop] for start, stop in ranges]))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(list(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "none"

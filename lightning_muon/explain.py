@@ -1,0 +1,58 @@
+"""What was decided for the user, in a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from lightning_muon.orthogonalize import default_dtype
+from lightning_muon.routing import Route
+from lightning_muon.updates import update_scale
+
+__all__ = ["explain"]
+
+_HEADER = ("parameter", "shape", "route", "matrices", "scale", "rule")
+
+
+def explain(param_groups: Sequence[Mapping[str, Any]], routes: Mapping[str, Route]) -> str:
+    """Every parameter with its shape, route, matrices, scale and the rule that decided; then the settings."""
+    rows, counts = [_HEADER], {"muon": 0, "adamw": 0}
+    settings = []
+    for group in param_groups:
+        for name, param in zip(group["param_names"], group["params"], strict=True):
+            decision = routes[name]
+            matrices, scales = "", ""
+            if decision.layout is not None:
+                matrices, scales = decision.layout.describe(), _scales(group["scale"], decision)
+            rows.append((name, str(tuple(param.shape)), decision.algorithm, matrices, scales, decision.rule))
+            counts[decision.algorithm] += param.numel()
+        settings.append(_settings(group))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
+    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    table.insert(1, "  ".join("-" * width for width in widths))
+    total = sum(counts.values())
+    shares = ", ".join(f"{name} {count:,} ({count / total:.1%})" for name, count in counts.items())
+    return "\n".join([*table, "", f"{total:,} parameters: {shares}", *settings])
+
+
+def _scales(scale: str, decision: Route) -> str:
+    layout = decision.layout
+    assert layout is not None
+    shapes = {(size, layout.cols) if layout.dim == 0 else (layout.rows, size) for size in layout.sizes}
+    oriented = [shape[::-1] if layout.transposed else shape for shape in sorted(shapes)]
+    return ", ".join(f"{update_scale(scale, *shape):.3g}" for shape in oriented)
+
+
+def _settings(group: Mapping[str, Any]) -> str:
+    keys = ["lr", "weight_decay"]
+    keys += ["momentum", "nesterov", "scale"] if group["algorithm"] == "muon" else ["betas", "eps"]
+    text = f"group {group['name']!r} by {group['algorithm']}: " + ", ".join(f"{key}={group[key]!r}" for key in keys)
+    if group["algorithm"] == "muon":
+        # the momentum is what is orthogonalised, and it is float32 for 16-bit parameters
+        param = group["params"][0]
+        momentum = torch.empty(0, dtype=torch.promote_types(param.dtype, torch.float32), device=param.device)
+        dtype = group["orthogonalization_dtype"] or default_dtype(momentum)
+        text += f", orthogonalization={group['orthogonalization']!r} in {dtype} on {param.device.type}"
+    return text

@@ -1,0 +1,5 @@
+"""For ``lightning.fabric.Fabric``: strategies."""
+
+from lightning_muon.fabric.zero1 import MuonZero1Strategy
+
+__all__ = ["MuonZero1Strategy"]

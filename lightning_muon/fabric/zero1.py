@@ -1,0 +1,90 @@
+"""``Fabric(strategy="muon_zero1")``."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from lightning.fabric.plugins.precision import MixedPrecision
+from lightning.fabric.strategies.ddp import DDPStrategy
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_muon.sharding.clipping import clip_grad_norm_
+from lightning_muon.sharding.precision import refuse_loss_scaling
+from lightning_muon.sharding.zero1 import Zero1, require_muon
+
+if TYPE_CHECKING:
+    from lightning.fabric.strategies.registry import _StrategyRegistry
+
+__all__ = ["MuonZero1Strategy"]
+
+
+class MuonZero1Strategy(DDPStrategy):
+    """Fabric's twin of :class:`lightning_muon.MuonZero1Strategy`, which says what it does.
+
+    Call ``fabric.backward(loss)``, not ``loss.backward()``; ``fabric.clip_gradients`` clips by the norm of the whole
+    gradient and returns it.
+
+    Args:
+        **kwargs: Those of :class:`lightning.fabric.strategies.DDPStrategy`.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._zero1: Zero1 | None = None
+
+    @property
+    def _sharding(self) -> Zero1:
+        if self._zero1 is None:  # only now do the processes exist
+            if isinstance(self.precision, MixedPrecision):
+                refuse_loss_scaling(self.precision.scaler, f"fabric.{type(self).__name__}")
+            self._zero1 = Zero1(f"fabric.{type(self).__name__}")
+        return self._zero1
+
+    @override
+    def setup_module(self, module: Module) -> DistributedDataParallel:
+        wrapped = super().setup_module(module)
+        self._sharding.attach(wrapped)
+        return wrapped
+
+    @override
+    def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        optimizer = super().setup_optimizer(optimizer)
+        self._sharding.adopt([optimizer])
+        return optimizer
+
+    @override
+    def backward(self, tensor: Tensor, module: Module | None, *args: Any, **kwargs: Any) -> None:
+        self._sharding.before_backward()
+        super().backward(tensor, module, *args, **kwargs)
+        self._sharding.after_backward()
+
+    @override
+    def clip_gradients_norm(
+        self,
+        module: Module,
+        optimizer: Optimizer,
+        max_norm: float | int,
+        norm_type: float | int = 2.0,
+        error_if_nonfinite: bool = True,
+    ) -> Tensor:
+        """Clip by the norm of the whole gradient of the optimizer's parameters; returns that norm, on every rank."""
+        self.precision.unscale_gradients(optimizer)
+        muon = require_muon(optimizer, f"fabric.{type(self).__name__}")
+        return clip_grad_norm_(muon, float(max_norm), float(norm_type), error_if_nonfinite)
+
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+        """Register ``muon_zero1`` and its variants by start method; importing ``lightning_muon`` does this."""
+        register = partial(strategy_registry.register, strategy=cls, override=True)
+        for name, start_method in (("", "popen"), ("_spawn", "spawn"), ("_notebook", "fork")):
+            register(
+                f"muon_zero1{name}",
+                description=f"Muon, sharded by whole matrices (ZeRO-1), processes started by {start_method}",
+                start_method=start_method,
+            )

@@ -1,0 +1,372 @@
+"""The optimizer: one class, one step loop, no word about processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_muon import canonical_state
+from lightning_muon.explain import explain
+from lightning_muon.param_groups import Router, as_param_groups, check_options
+from lightning_muon.partition import Alone, NamedState, Partition
+from lightning_muon.routing import Route, Rule
+from lightning_muon.step import OwnedMatrix, UpdateRecord, local_runs, owned_matrices, update_matrices
+from lightning_muon.updates import adamw_, state_dtype
+
+__all__ = ["Muon"]
+
+NonFinite = Literal["raise", "skip", "propagate"]
+
+
+class Muon(Optimizer):
+    """Muon for every weight matrix, AdamW for the rest, as one ``torch.optim.Optimizer``.
+
+    The update of a matrix ``W`` with gradient ``G`` (Moonlight, arXiv 2502.16982)::
+
+        M ← μM + (1-μ)G
+        O = orthogonalize((1-μ)G + μM)              # or of M, without Nesterov
+        W ← W - lr·(scale·O + weight_decay·W)
+
+    Which parameter is trained by what is decided by ordered rules, first match wins: a group's ``algorithm``, a
+    :func:`lightning_muon.mark` on the parameter, ``rules``, then built-in ones (embeddings, output heads and vectors
+    go to AdamW; matrices, stacks of experts, convolutions to Muon). A parameter that no rule covers is an error.
+    :meth:`explain` shows every decision.
+
+    The state exists for every trainable parameter from the first step, ``state_dict()`` or ``load_state_dict()`` on:
+    ``momentum_buffer`` (Muon; float32 at least), ``exp_avg``, ``exp_avg_sq``, ``step`` (AdamW; as torch keeps them).
+    A parameter whose ``grad`` is ``None`` is left alone, as in torch. Every trainable parameter is decayed, vectors
+    too: Moonlight found the decay of RMSNorm's weights crucial for stability.
+
+    Args:
+        params: A module; an iterable of ``(name, parameter)``; or groups whose ``"params"`` hold such pairs. A group
+            may set ``algorithm``, ``split_sizes``, ``num_heads``, ``name``, and override any argument below; its
+            ``lr`` is for both algorithms unless it sets ``adamw_lr`` too.
+        lr: Learning rate of the matrices.
+        weight_decay: Decoupled, with the learning rate and not the scale.
+        momentum: μ.
+        nesterov: Orthogonalise ``(1-μ)G + μM`` and not ``M``.
+        scale: ``"match_rms_adamw"`` = 0.2·√max(rows, cols); ``"original"`` = √max(1, rows/cols);
+            ``"spectral"`` = √(rows/cols).
+        orthogonalization: A name (see :func:`lightning_muon.orthogonalize`) or a sequence of ``(a, b, c)``.
+        orthogonalization_dtype: ``None`` takes bfloat16 on CUDA and float32 elsewhere.
+        adamw_lr: Learning rate of the rest; ``None`` means ``lr``.
+        betas, eps: AdamW's.
+        maximize: Ascend.
+        rules: :class:`lightning_muon.Rule` s tried before the built-in ones, in order.
+        nonfinite: What to do about a NaN or an infinity in a gradient, decided for all processes together before
+            any state is touched. ``"raise"`` a ``FloatingPointError``; ``"skip"`` the step and count it in
+            ``skipped_steps``; ``"propagate"`` saves the check, which waits for the device once a step.
+
+    Raises:
+        ValueError: A parameter no rule covers, a rule that matches nothing, or a hyper-parameter out of range.
+        TypeError: Parameters without names.
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        lr: float = 1e-3,
+        *,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        scale: str = "match_rms_adamw",
+        orthogonalization: str | Sequence[Sequence[float]] = "polar_express5",
+        orthogonalization_dtype: torch.dtype | None = None,
+        adamw_lr: float | None = None,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        maximize: bool = False,
+        rules: Sequence[Rule] = (),
+        nonfinite: NonFinite = "raise",
+    ) -> None:
+        if nonfinite not in ("raise", "skip", "propagate"):
+            raise ValueError(f"nonfinite={nonfinite!r} is not known; choose 'raise', 'skip' or 'propagate'.")
+        groups, module = as_param_groups(params)
+        self.nonfinite = nonfinite
+        self.skipped_steps = 0
+        self._router = Router(rules, module)
+        self._adamw_options = {"lr": lr if adamw_lr is None else adamw_lr, "betas": betas, "eps": eps}
+        self._partition: Partition = Alone()
+        self._consolidated: NamedState | None = None
+        self._update_records: list[UpdateRecord] = []
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "scale": scale,
+            "orthogonalization": orthogonalization,
+            "orthogonalization_dtype": orthogonalization_dtype,
+            "maximize": maximize,
+        }
+        super().__init__(groups, defaults)
+        if not self.param_groups:
+            raise ValueError("Muon got no parameter that requires a gradient.")
+        self._router.check_rules()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Route the parameters of a group and add them: as one group, or as one for each algorithm.
+
+        Raises:
+            RuntimeError: The parameters are already shared out between processes.
+        """
+        if self._partition.is_sharded:
+            raise RuntimeError(
+                "add_param_group() after the strategy has shared the parameters out between processes: the new ones"
+                " would have no owner. Give all parameters before the optimizer is set up."
+            )
+        taken = {group["name"] for group in self.param_groups}
+        for group in self._router.split(param_group):
+            name = group["name"]
+            while group["name"] in taken:
+                group["name"] = f"{name}{len(taken)}"
+            taken.add(group["name"])
+            check_options(group, self.defaults, self._adamw_options)
+            super().add_param_group(group)
+
+    # ------------------------------------------------------------------ the step
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: Recomputes the loss; called once, with gradients enabled, before anything else.
+
+        Returns:
+            What ``closure`` returned.
+
+        Raises:
+            FloatingPointError: A gradient is not finite and ``nonfinite="raise"``. Nothing has been changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._partition.check_gradients()
+        self._create_state()
+        self._consolidated = None
+        if self._may_step():
+            self._step_muon()
+            self._step_adamw()
+            self._partition.publish()
+        return loss
+
+    def _step_muon(self) -> None:
+        matrices: list[OwnedMatrix] = []
+        strided: list[tuple[Tensor, Tensor]] = []
+        for group, name, param in self._members("muon"):
+            ranges = self.local_ranges(name, param)
+            if param.grad is None or not ranges:
+                continue
+            layout = self.routes[name].layout
+            assert layout is not None
+            weight = param.reshape(-1)
+            if not param.is_contiguous():
+                strided.append((param, weight))
+            buffer = self.state[param]["momentum_buffer"].view(-1)
+            matrices += owned_matrices(name, layout, ranges, weight, param.grad.reshape(-1), buffer, group)
+        self._update_records = update_matrices(matrices)
+        for original, weight in strided:  # reshape() gave a copy
+            original.copy_(weight.view_as(original))
+
+    def _step_adamw(self) -> None:
+        for group in self.param_groups:
+            params, gradients, states, strided = [], [], [], []
+            for _, name, param in self._members("adamw", [group]):
+                ranges = self.local_ranges(name, param)
+                if param.grad is None or not ranges:
+                    continue
+                weight, gradient = param.reshape(-1), param.grad.reshape(-1)
+                if not param.is_contiguous():
+                    strided.append((param, weight))
+                for start, stop, offset in local_runs(ranges):
+                    params.append(weight[start:stop])
+                    gradients.append(gradient[start:stop])
+                    states.append((self.state[param], offset, stop - start))
+            if not params:
+                continue
+            views = [
+                {
+                    key: value.view(-1)[offset : offset + size] if isinstance(value, Tensor) else value
+                    for key, value in state.items()
+                }
+                for state, offset, size in states
+            ]
+            adamw_(
+                params,
+                gradients,
+                views,
+                lr=group["lr"],
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                maximize=group["maximize"],
+            )
+            for (state, _, _), view in zip(states, views, strict=True):
+                state["step"] = view["step"]
+            for original, weight in strided:
+                original.copy_(weight.view_as(original))
+
+    def _may_step(self) -> bool:
+        """The policy on gradients that are not finite, the same on every process."""
+        if self.nonfinite == "propagate":
+            return True
+        gradients = {name: runs for _, name, param in self._members() if (runs := self.local_gradients(name, param))}
+        flat = [run for runs in gradients.values() for run in runs]
+        device = self.param_groups[0]["params"][0].device
+        largest = torch.nn.utils.get_total_norm(flat, float("inf")) if flat else torch.zeros((), device=device)
+        is_broken = (~largest.isfinite()).to(device, torch.float32)
+        if not self._partition.agree(is_broken).item():
+            return True
+        if self.nonfinite == "skip":
+            self.skipped_steps += 1
+            return False
+        names = [name for name, runs in gradients.items() if not all(run.isfinite().all() for run in runs)]
+        raise FloatingPointError(
+            f"Gradients that are not finite, in {', '.join(names) or 'parameters of another process'}. Neither weights"
+            " nor optimizer state have been changed. Look for the cause (learning rate, data, 16-bit overflow), or"
+            " pass nonfinite='skip' to lm.Muon to leave such steps out."
+        )
+
+    # ------------------------------------------------------------------ what it is made of
+
+    @property
+    def routes(self) -> Mapping[str, Route]:
+        """The decision on every trainable parameter, by name."""
+        return self._router.routes
+
+    def _members(
+        self, algorithm: str | None = None, groups: Iterable[dict[str, Any]] | None = None
+    ) -> Iterator[tuple[dict[str, Any], str, nn.Parameter]]:
+        """``(group, name, parameter)`` of every trained parameter, or of those of one algorithm."""
+        for group in self.param_groups if groups is None else groups:
+            if algorithm in (None, group["algorithm"]):
+                for name, param in zip(group["param_names"], group["params"], strict=True):
+                    yield group, name, param
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every trained parameter with its name, in the order of the groups."""
+        for _, name, param in self._members():
+            yield name, param
+
+    def local_ranges(self, name: str, param: Tensor) -> Sequence[tuple[int, int]]:
+        """The runs of elements of a parameter that this process updates: all of them unless a strategy shards."""
+        return self._partition.ranges(name, param.numel())
+
+    def local_gradients(self, name: str, param: Tensor) -> list[Tensor]:
+        """The gradient of :meth:`local_ranges`, flat; empty without a gradient."""
+        if param.grad is None:
+            return []
+        if param.grad.is_sparse:
+            raise RuntimeError(f"{name!r} has a sparse gradient; Muon needs dense ones (nn.Embedding(sparse=False)).")
+        flat = param.grad.reshape(-1)
+        return [flat[start:stop] for start, stop in self.local_ranges(name, param)]
+
+    def local_state_bytes(self) -> int:
+        """Bytes of optimizer state that this process keeps."""
+        self._create_state()
+        tensors = (value for state in self.state.values() for value in state.values() if isinstance(value, Tensor))
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    @property
+    def update_records(self) -> Sequence[UpdateRecord]:
+        """The size of the last step's updates of this process's matrices, for the monitors."""
+        return self._update_records
+
+    def explain(self) -> str:
+        """A table as text: every parameter, its shape, route, matrices, scale, and the rule that decided."""
+        return explain(self.param_groups, self.routes)
+
+    # ------------------------------------------------------------------ state
+
+    def shard(self, partition: Partition) -> None:
+        """Leave a part of the work to other processes; called by a strategy, before the first step.
+
+        Raises:
+            RuntimeError: There is whole state already, of which a part would be lost.
+        """
+        if any(self.state.values()):
+            raise RuntimeError(
+                "This optimizer has stepped, or loaded a state, before the strategy set it up. Set it up first"
+                " (fabric.setup, Trainer.fit), then load the checkpoint."
+            )
+        self._partition = partition
+        self._create_state()
+
+    def _create_state(self) -> None:
+        """State for every trained parameter, with or without a gradient, so that all processes have the same keys."""
+        for group, name, param in self._members():
+            if self.state[param]:
+                continue
+            size = sum(stop - start for start, stop in self.local_ranges(name, param))
+            if not size:
+                continue
+            shape = param.shape if size == param.numel() else torch.Size([size])
+            if group["algorithm"] == "muon":
+                dtypes = {"momentum_buffer": state_dtype(param)}
+            else:
+                dtypes = {"exp_avg": param.dtype, "exp_avg_sq": param.dtype}
+                self.state[param]["step"] = 0.0
+            for key, dtype in dtypes.items():
+                self.state[param][key] = torch.zeros(shape, dtype=dtype, device=param.device)
+
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """Bring the whole state to the process ``to``, in CPU memory, for the next :meth:`state_dict` there.
+
+        Every process must call it. Trainer and Fabric do, before they save.
+        """
+        self._create_state()
+        if self._partition.is_sharded:
+            state = {name: self.state[param] for name, param in self.named_parameters() if self.state[param]}
+            self._consolidated = self._partition.consolidate(state, to)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The canonical state: what a single process would have saved, with ``param_names`` in every group.
+
+        Raises:
+            RuntimeError: Other processes hold a part of it and :meth:`consolidate_state_dict` was not called.
+        """
+        self._create_state()
+        if self._partition.is_sharded and self._consolidated is None:
+            raise RuntimeError(
+                "The optimizer's state is spread over several processes. Call consolidate_state_dict() on every one"
+                " of them first, then state_dict() on process 0; fabric.save and the Trainer do this by themselves."
+            )
+        return canonical_state.pack(super().state_dict(), dict(self.named_parameters()), self._consolidated)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a canonical state; a process takes what it owns. Parameters are matched by name.
+
+        Raises:
+            ValueError: The state is of another model or of other routes. Nothing has been changed.
+        """
+        self._create_state()
+        groups, by_name = canonical_state.match(state_dict, self.param_groups)
+        super().load_state_dict({"state": {}, "param_groups": groups})
+        self.state.clear()
+        self._create_state()
+        for name, param in self.named_parameters():
+            canonical_state.unpack_(self.state[param], by_name[name], self.local_ranges(name, param))
+        self._consolidated = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("nonfinite", "skipped_steps", "_router", "_adamw_options", "_partition")
+        state: dict[str, Any] = super().__getstate__()
+        return {
+            **state,
+            **{key: getattr(self, key) for key in own},
+            "_consolidated": None,
+            "_update_records": [],
+        }

@@ -1,0 +1,153 @@
+"""From what a user passes as ``params`` to parameter groups of one algorithm each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from lightning_muon.names import canonical_name
+from lightning_muon.orthogonalize import polynomial_sequence
+from lightning_muon.routing import Candidate, Route, Rule, route
+from lightning_muon.updates import update_scale
+
+__all__ = ["Router", "as_param_groups", "check_options"]
+
+
+def as_param_groups(params: nn.Module | Iterable[Any]) -> tuple[list[dict[str, Any]], nn.Module | None]:
+    """Bring every accepted form of ``params`` to a list of groups, without routing.
+
+    Args:
+        params: A module, an iterable of ``(name, parameter)``, or groups whose ``"params"`` hold such pairs.
+
+    Returns:
+        The groups, and the module if one was given (its types inform the routing).
+
+    Raises:
+        ValueError: There is nothing to train.
+    """
+    if isinstance(params, nn.Module):
+        return [{"params": list(params.named_parameters(remove_duplicate=False))}], params
+    entries = list(params)
+    if not entries:
+        raise ValueError("Muon got an empty list of parameters.")
+    if all(isinstance(entry, Mapping) for entry in entries):
+        return [dict(entry) for entry in entries], None
+    return [{"params": entries}], None
+
+
+class Router:
+    """Routes the parameters of a group, and remembers what it has seen.
+
+    Args:
+        rules: The user's rules.
+        module: The module whose parameters are trained, if known.
+
+    Attributes:
+        routes: The decision on every trainable parameter, by name.
+    """
+
+    def __init__(self, rules: Sequence[Rule], module: nn.Module | None) -> None:
+        self.rules = tuple(rules)
+        self.routes: dict[str, Route] = {}
+        self._names: set[str] = set()
+        self._owners: dict[str, nn.Module] = {}
+        for prefix, owner in module.named_modules(remove_duplicate=False) if module is not None else ():
+            for name, _ in owner.named_parameters(recurse=False):
+                self._owners[canonical_name(f"{prefix}.{name}" if prefix else name)] = owner
+
+    def split(self, group: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Split a group into one for Muon and one for AdamW, as far as both are needed.
+
+        Frozen parameters are left out; a tied parameter stays once, under its first name.
+
+        Raises:
+            ValueError: A parameter that no rule covers, that is not real, or whose name is taken.
+            TypeError: A parameter without a name.
+        """
+        members: dict[str, list[tuple[str, nn.Parameter]]] = {"muon": [], "adamw": []}
+        for param, names in _names_of(group["params"]).items():
+            self._names.update(names)
+            if not param.requires_grad:
+                continue
+            if not param.is_floating_point():
+                raise ValueError(f"{names[0]!r} is {param.dtype}; Muon trains real floating-point parameters.")
+            if names[0] in self.routes:
+                raise ValueError(f"Two parameters are named {names[0]!r}; names must tell them apart.")
+            owners = tuple(self._owners[name] for name in names if name in self._owners)
+            decision = route(Candidate(tuple(names), param, owners), self.rules, group)
+            self.routes[names[0]] = decision
+            members[decision.algorithm].append((names[0], param))
+        options = {key: value for key, value in group.items() if key not in ("params", *_ROUTING_OPTIONS)}
+        name = options.pop("name", None)
+        is_mixed = bool(members["muon"] and members["adamw"])
+        return [
+            {
+                **options,
+                "params": pairs,
+                "algorithm": algorithm,
+                "name": algorithm if name is None else f"{name}/{algorithm}" if is_mixed else name,
+            }
+            for algorithm, pairs in members.items()
+            if pairs
+        ]
+
+    def check_rules(self) -> None:
+        """Raise if a rule's pattern is in no parameter's name: a misspelt rule would otherwise be silent."""
+        for rule in self.rules:
+            if not rule.matches(self._names):
+                some = sorted(self._names)[:20]
+                raise ValueError(
+                    f"The pattern of {rule} is in no parameter's name. There are:"
+                    f" {', '.join(some)}{', …' if len(self._names) > len(some) else ''}"
+                )
+
+
+_ROUTING_OPTIONS = ("algorithm", "split_sizes", "num_heads")
+
+
+def _names_of(params: Any) -> dict[nn.Parameter, list[str]]:
+    """Every parameter with all its names, first things first."""
+    pairs = params.named_parameters(remove_duplicate=False) if isinstance(params, nn.Module) else params
+    names: dict[nn.Parameter, list[str]] = {}
+    for pair in pairs:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
+            raise TypeError(
+                f"Muon needs the names of the parameters, to route them and to name their state; got {type(pair)}."
+                " Pass the module itself, or module.named_parameters() in place of module.parameters()."
+            )
+        names.setdefault(pair[1], []).append(canonical_name(pair[0]))
+    return names
+
+
+def check_options(group: dict[str, Any], defaults: Mapping[str, Any], adamw_options: Mapping[str, Any]) -> None:
+    """Complete the options of a routed group, in place, and check them.
+
+    Raises:
+        ValueError: A hyper-parameter is out of range or unknown.
+    """
+    adamw_lr = group.pop("adamw_lr", None)
+    if group["algorithm"] == "adamw":
+        for key, value in adamw_options.items():
+            group.setdefault(key, value)
+        if adamw_lr is not None:
+            group["lr"] = adamw_lr
+        group.setdefault("momentum", group["betas"][0])  # where LearningRateMonitor looks; betas is what counts
+    known = {"params", "algorithm", "name", *defaults, *adamw_options, "initial_lr"}
+    unknown = sorted(set(group) - known)
+    if unknown:
+        raise ValueError(f"Group {group['name']!r} has options that Muon does not know: {', '.join(unknown)}.")
+    options = {**defaults, **group}
+    for key in ("lr", "weight_decay", "eps"):
+        if not 0 <= float(options.get(key, 0)) < float("inf"):
+            raise ValueError(f"{key}={options[key]!r} must be a finite number, 0 or more.")
+    for value in (options["momentum"], *options.get("betas", ())):
+        if not 0 <= value < 1:
+            raise ValueError(f"momentum and betas must be in [0, 1); got {value!r}.")
+    update_scale(options["scale"], 1, 1)
+    if group["algorithm"] == "muon":
+        orthogonalization = options["orthogonalization"]
+        polynomial_sequence(orthogonalization)
+        if not isinstance(orthogonalization, str):  # hashable, and the same after a trip through a checkpoint
+            group["orthogonalization"] = tuple(tuple(map(float, step)) for step in orthogonalization)

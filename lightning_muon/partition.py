@@ -1,0 +1,64 @@
+"""What the optimizer must know about the processes it shares its work with; by default there are none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+__all__ = ["Alone", "NamedState", "Partition", "Range"]
+
+Range = tuple[int, int]
+NamedState = dict[str, dict[str, Tensor]]
+
+
+class Partition(Protocol):
+    """How the elements of the parameters are shared out, and what the processes tell each other in a step.
+
+    Every process calls :meth:`agree`, :meth:`publish` and :meth:`consolidate` in the same order.
+    """
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether other processes hold a part of the state."""
+
+    def ranges(self, name: str, numel: int) -> Sequence[Range]:
+        """The runs of elements of a parameter that this process updates and keeps the state of, ascending."""
+
+    def check_gradients(self) -> None:
+        """Raise if the gradients of this step are not yet where they belong."""
+
+    def agree(self, flag: Tensor) -> Tensor:
+        """The largest ``flag`` (a scalar) of all processes."""
+
+    def publish(self) -> None:
+        """Bring what each process has updated to all of them."""
+
+    def consolidate(self, state: Mapping[str, Mapping[str, Tensor]], to: int) -> NamedState | None:
+        """Assemble everybody's state, by parameter name and flat over the whole parameter, on the process ``to``
+        (CPU tensors); ``None`` on the others."""
+
+
+class Alone:
+    """One process, or replicas that each do all the work."""
+
+    is_sharded = False
+
+    def ranges(self, name: str, numel: int) -> Sequence[Range]:
+        """All elements."""
+        return [(0, numel)]
+
+    def check_gradients(self) -> None:
+        """They are where they were computed."""
+
+    def agree(self, flag: Tensor) -> Tensor:
+        """Nobody to ask."""
+        return flag
+
+    def publish(self) -> None:
+        """Nobody to tell."""
+
+    def consolidate(self, state: Mapping[str, Mapping[str, Tensor]], to: int) -> NamedState | None:
+        """The state is whole as it is."""
+        return {name: dict(entries) for name, entries in state.items()}

@@ -1,0 +1,5 @@
+"""For ``lightning.pytorch.Trainer``: strategies and callbacks."""
+
+from lightning_muon.pytorch.zero1 import MuonZero1Strategy
+
+__all__ = ["MuonZero1Strategy"]

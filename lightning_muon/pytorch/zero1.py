@@ -1,0 +1,116 @@
+"""``Trainer(strategy="muon_zero1")``."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_muon.sharding.clipping import clip_grad_norm_
+from lightning_muon.sharding.precision import refuse_loss_scaling
+from lightning_muon.sharding.zero1 import Zero1, require_muon
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+    from lightning.fabric.strategies.registry import _StrategyRegistry
+
+__all__ = ["MuonZero1Strategy"]
+
+
+class MuonZero1Strategy(DDPStrategy):
+    """Data parallelism with :class:`lightning_muon.Muon` sharded over the processes (ZeRO stage 1).
+
+    Every matrix has one owner: its gradient is averaged there while backward runs, its momentum is kept there only,
+    it is orthogonalised there, once, and the new weights are gathered by everyone. AdamW's parameters are cut by
+    element. Together the ranks send what DDP sends, and hold one copy of the optimizer state.
+
+    Args:
+        **kwargs: Those of :class:`lightning.pytorch.strategies.DDPStrategy`, without its communication hooks and
+            model averaging.
+
+    Attributes:
+        last_grad_norm: The gradient's norm before the last clipping by norm; ``None`` before the first.
+
+    Raises:
+        ValueError: A DDP communication hook or model averaging was asked for.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        taken = ("ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period")
+        for name in taken:
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"MuonZero1Strategy({name}=...): the strategy reduces gradients to their owners in DDP's"
+                    " communication hook, so there is no room for another. Leave the argument out."
+                )
+        super().__init__(**kwargs)
+        self._zero1: Zero1 | None = None
+        self.last_grad_norm: Tensor | None = None
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        if isinstance(self.precision_plugin, MixedPrecision):
+            refuse_loss_scaling(self.precision_plugin.scaler, "MuonZero1Strategy")
+        # The Trainer clips through the precision plugin, whatever its class; only its norm has to be another.
+        self.precision_plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
+        super().setup(trainer)
+
+    @override
+    def configure_ddp(self) -> None:
+        super().configure_ddp()
+        assert isinstance(self.model, DistributedDataParallel)
+        self._zero1 = Zero1(type(self).__name__)
+        self._zero1.attach(self.model)
+
+    @override
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        super().setup_optimizers(trainer)
+        assert self._zero1 is not None
+        self._zero1.adopt(self.optimizers)
+
+    @override
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        super().pre_backward(closure_loss)
+        if self._zero1 is not None:
+            self._zero1.before_backward()
+
+    @override
+    def post_backward(self, closure_loss: Tensor) -> None:
+        super().post_backward(closure_loss)
+        if self._zero1 is not None:
+            self._zero1.after_backward()
+
+    def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
+        self.last_grad_norm = clip_grad_norm_(require_muon(optimizer, type(self).__name__), clip_val)
+
+    @override
+    def teardown(self) -> None:
+        self.precision_plugin.__dict__.pop("clip_grad_by_norm", None)
+        super().teardown()
+
+    def __repr__(self) -> str:
+        # pytorch_lightning.Trainer prints this when it refuses the object
+        return f"<{type(self).__name__}: a strategy of lightning.pytorch.Trainer, not of pytorch_lightning.Trainer>"
+
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+        """Register ``muon_zero1`` and its variants by start method; importing ``lightning_muon`` does this."""
+        register = partial(strategy_registry.register, strategy=cls, override=True)
+        for name, start_method in (("", "popen"), ("_spawn", "spawn"), ("_notebook", "fork")):
+            register(
+                f"muon_zero1{name}",
+                description=f"Muon, sharded by whole matrices (ZeRO-1), processes started by {start_method}",
+                start_method=start_method,
+            )
+        register(
+            "muon_zero1_find_unused_parameters_true",
+            description="muon_zero1 for models with parameters that some backward passes do not reach",
+            find_unused_parameters=True,
+        )

@@ -1,0 +1,266 @@
+"""Which parameter goes to Muon, as which matrices, and which to AdamW: ordered rules, the first match wins."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from lightning_muon.matrices import MatrixLayout
+
+__all__ = ["Candidate", "Route", "Rule", "mark", "route"]
+
+Algorithm = Literal["muon", "adamw"]
+_MARK = "_lightning_muon_mark"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A user's rule, tried before the built-in ones.
+
+    Args:
+        pattern: Regular expression, searched for in the parameter's name.
+        algorithm: ``"muon"`` or ``"adamw"``.
+        split_sizes: Sizes of the matrices fused along the output features, for example ``(q, k, v)``.
+        num_heads: Heads per block, to orthogonalise each head by itself; one number, or one per block.
+    """
+
+    pattern: str
+    algorithm: Algorithm = "muon"
+    split_sizes: Sequence[int] | None = None
+    num_heads: int | Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        re.compile(self.pattern)
+        _check_algorithm(self.algorithm)
+
+    def matches(self, names: Iterable[str]) -> bool:
+        """Whether the pattern is found in one of a parameter's names."""
+        return any(re.search(self.pattern, name) for name in names)
+
+
+@dataclass(frozen=True)
+class Route:
+    """The decision on one parameter: the algorithm, its matrices (for Muon), and the rule that decided."""
+
+    algorithm: Algorithm
+    rule: str
+    layout: MatrixLayout | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What the rules may look at.
+
+    Attributes:
+        names: Every name of the parameter; several if it is tied.
+        param: The parameter.
+        modules: The module that owns it, for each name; empty when only names were given.
+    """
+
+    names: tuple[str, ...]
+    param: nn.Parameter
+    modules: tuple[nn.Module, ...] = ()
+
+    def owned_by(self, *types: type[nn.Module]) -> bool:
+        """Whether a module of one of these types owns the parameter."""
+        return any(isinstance(module, types) for module in self.modules)
+
+    def in_module_named(self, names: frozenset[str]) -> bool:
+        """Whether the module that owns the parameter has one of these names (``lm_head`` in ``a.lm_head.weight``)."""
+        return any(len(parts) > 1 and parts[-2] in names for parts in (n.lower().split(".") for n in self.names))
+
+
+def mark(
+    param: nn.Parameter,
+    algorithm: Algorithm = "muon",
+    *,
+    split_sizes: Sequence[int] | None = None,
+    num_heads: int | Sequence[int] | None = None,
+) -> nn.Parameter:
+    """Tell Muon about a parameter where the model is written. ``copy.deepcopy`` of a parameter drops the mark.
+
+    Args:
+        param: The parameter.
+        algorithm: ``"muon"`` or ``"adamw"``.
+        split_sizes: See :class:`Rule`.
+        num_heads: See :class:`Rule`.
+
+    Returns:
+        ``param``, marked.
+    """
+    options = {"algorithm": algorithm, "split_sizes": split_sizes, "num_heads": num_heads}
+    _check_algorithm(algorithm)
+    setattr(param, _MARK, options)
+    return param
+
+
+def route(candidate: Candidate, rules: Iterable[Rule] = (), group: Mapping[str, Any] | None = None) -> Route:
+    """Decide on one parameter: its group's options, its mark, the user's rules, then the built-in rules.
+
+    Raises:
+        ValueError: No rule covers the parameter, or the options do not fit its shape.
+    """
+    group = group or {}
+    if group.get("algorithm") is not None:
+        return _as_told(candidate, "group option", group)
+    marked = getattr(candidate.param, _MARK, None)
+    if marked is not None:
+        return _as_told(candidate, "marked", marked)
+    for rule in rules:
+        if rule.matches(candidate.names):
+            return _as_told(candidate, f"rule {rule.pattern!r}", vars(rule))
+    if group.get("split_sizes") or group.get("num_heads"):
+        return _as_told(candidate, "group option", {**group, "algorithm": "muon"})
+    for built_in in _BUILT_IN:
+        decision = built_in(candidate)
+        if decision is not None:
+            return decision
+    raise ValueError(
+        f"No rule says how to train {candidate.names[0]!r} of shape {tuple(candidate.param.shape)}. Add"
+        f" lm.Rule({re.escape(candidate.names[0])!r}, algorithm='muon' or 'adamw') to `rules`: 'muon' reads a"
+        " parameter of three dimensions as a stack of matrices (stack, rows, cols)."
+    )
+
+
+def _check_algorithm(algorithm: str) -> None:
+    if algorithm not in ("muon", "adamw"):
+        raise ValueError(f"algorithm={algorithm!r} is not known; choose 'muon' or 'adamw'.")
+
+
+def _as_told(candidate: Candidate, rule: str, options: Mapping[str, Any]) -> Route:
+    algorithm = options["algorithm"]
+    _check_algorithm(algorithm)
+    if algorithm == "adamw":
+        return Route("adamw", rule)
+    try:
+        return _muon(candidate, rule, split_sizes=options.get("split_sizes"), num_heads=options.get("num_heads"))
+    except ValueError as error:
+        raise ValueError(f"{candidate.names[0]!r} of shape {tuple(candidate.param.shape)}: {error}") from None
+
+
+def _muon(
+    candidate: Candidate,
+    rule: str,
+    *,
+    split_sizes: Sequence[int] | None = None,
+    num_heads: int | Sequence[int] | None = None,
+) -> Route:
+    """Muon with the reading that the parameter's module and shape suggest."""
+    shape = candidate.param.shape
+    stack, rows, cols = 1, *shape[:1], 0
+    if len(shape) < 2:
+        raise ValueError("Muon needs a matrix; give this parameter algorithm='adamw'.")
+    convolution = next((m for m in candidate.modules if isinstance(m, nn.modules.conv._ConvNd)), None)
+    if convolution is not None:
+        groups = convolution.groups
+        stack, rows, cols = groups, shape[0] // groups, candidate.param.numel() // shape[0]
+    elif len(shape) == 2:
+        rows, cols = shape
+    elif len(shape) == 3:
+        stack, rows, cols = shape
+    else:
+        raise ValueError("Muon reads two or three dimensions; more only if they belong to a convolution.")
+    layout = MatrixLayout.create(
+        stack,
+        rows,
+        cols,
+        split_sizes=split_sizes,
+        num_heads=num_heads,
+        transposed=_is_transposed(candidate) or bool(convolution and convolution.transposed),
+    )
+    return Route("muon", rule, layout)
+
+
+def _is_transposed(candidate: Candidate) -> bool:
+    """``transformers``' Conv1D (GPT-2) is a Linear that stores ``(in, out)``; known by name, not to depend on it."""
+    return any(type(module).__name__ == "Conv1D" for module in candidate.modules)
+
+
+_EMBEDDING_NAME = re.compile(
+    r"(^|[._])(embed|embedding|embeddings|wte|wpe|pos_embed|embed_tokens)([._]|$)", re.IGNORECASE
+)
+_HEAD_NAMES = frozenset({"lm_head", "output", "head", "classifier", "unembed", "unembedding", "embed_out"})
+_FUSED_QKV_NAMES = frozenset({"qkv", "qkv_proj", "wqkv", "c_attn", "in_proj", "query_key_value"})
+_FUSED_GATE_UP_NAMES = frozenset({"gate_up_proj", "w13"})
+
+
+def _embedding(candidate: Candidate) -> Route | None:
+    by_module = candidate.owned_by(nn.Embedding, nn.EmbeddingBag)
+    by_name = any(_EMBEDDING_NAME.search(name) for name in candidate.names)
+    return Route("adamw", "embedding") if by_module or by_name else None
+
+
+def _output_head(candidate: Candidate) -> Route | None:
+    return Route("adamw", "output head") if candidate.in_module_named(_HEAD_NAMES) else None
+
+
+def _vector(candidate: Candidate) -> Route | None:
+    shape = candidate.param.shape
+    is_vector = len(shape) < 2 or candidate.param.numel() == max(shape)
+    return Route("adamw", "vector") if is_vector else None
+
+
+def _convolution(candidate: Candidate) -> Route | None:
+    if not candidate.owned_by(nn.modules.conv._ConvNd):
+        return None
+    decision = _muon(candidate, "convolution")
+    assert decision.layout is not None
+    if min(decision.layout.rows, decision.layout.cols) == 1:
+        return Route("adamw", "depthwise convolution")
+    return decision
+
+
+def _fused(candidate: Candidate) -> Route | None:
+    """Fused projections whose blocks the shape gives away; others stay one matrix, and ``explain()`` says so."""
+    param = candidate.param
+    if param.ndim != 2:
+        return None
+    if candidate.owned_by(nn.MultiheadAttention):
+        return (
+            _muon(candidate, "fused q, k, v", split_sizes=(param.shape[0] // 3,) * 3)
+            if _is_in_proj(candidate)
+            else None
+        )
+    if candidate.owned_by(nn.LSTM, nn.GRU):
+        gates = 4 if candidate.owned_by(nn.LSTM) else 3
+        projection = any(name.rpartition(".")[2].startswith("weight_hr") for name in candidate.names)
+        return None if projection else _muon(candidate, "fused gates", split_sizes=(param.shape[0] // gates,) * gates)
+    features, inputs = reversed(param.shape) if _is_transposed(candidate) else param.shape
+    if candidate.in_module_named(_FUSED_GATE_UP_NAMES) and features % 2 == 0:
+        return _muon(candidate, "fused gate, up", split_sizes=(features // 2,) * 2)
+    if candidate.in_module_named(_FUSED_QKV_NAMES):
+        if features == 3 * inputs:
+            return _muon(candidate, "fused q, k, v", split_sizes=(inputs,) * 3)
+        return _muon(candidate, "fused, sizes unknown: one matrix (say split_sizes)")
+    return None
+
+
+def _is_in_proj(candidate: Candidate) -> bool:
+    return any(name.rpartition(".")[2] == "in_proj_weight" for name in candidate.names)
+
+
+def _matrix(candidate: Candidate) -> Route | None:
+    return _muon(candidate, "matrix") if candidate.param.ndim == 2 else None
+
+
+def _expert_stack(candidate: Candidate) -> Route | None:
+    if candidate.param.ndim != 3 or not any("expert" in name.lower() for name in candidate.names):
+        return None
+    if any(fused in name for name in candidate.names for fused in _FUSED_GATE_UP_NAMES):
+        return None  # which half of which dimension is the gate cannot be seen: the user has to say
+    return _muon(candidate, "stack of experts")
+
+
+_BUILT_IN: tuple[Callable[[Candidate], Route | None], ...] = (
+    _embedding,
+    _output_head,
+    _vector,
+    _convolution,
+    _fused,
+    _matrix,
+    _expert_stack,
+)

@@ -1,0 +1,1 @@
+"""How the work is shared out between processes."""

@@ -1,0 +1,166 @@
+"""Gradients on their way to the owners, while backward still runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_muon.sharding.ownership import Slice
+
+__all__ = ["GradientReducer"]
+
+
+@dataclass(frozen=True)
+class _BucketLayout:
+    """Where a bucket's elements go.
+
+    Attributes:
+        by_owner: For every rank, the runs of the bucket that it owns.
+    """
+
+    by_owner: tuple[tuple[tuple[int, int], ...], ...]
+
+    def sizes(self) -> list[int]:
+        """Elements per owner."""
+        return [sum(stop - start for start, stop in runs) for runs in self.by_owner]
+
+
+class GradientReducer:
+    """The communication hook of ``DistributedDataParallel`` that averages each gradient on its owner only.
+
+    Every rank sends each owner its part of the bucket and receives, for what it owns, everybody's part: one
+    ``all_to_all_single`` with uneven splits, ``(N-1)/N`` of the bucket each way, which is what the reduce-scatter
+    half of DDP's all-reduce sends. (gloo's own ``reduce_scatter_tensor`` sends twice that.) The owner sums in the
+    order of the ranks, in float32 at least, so that the result does not depend on timing. Elsewhere the gradient is
+    set to zero, so that the sum over ranks of anything additive (squares, say) is that of the averaged gradient.
+
+    Args:
+        group: The process group; ``None`` is the default one.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+        self._slices: dict[nn.Parameter, tuple[Slice, ...]] = {}
+        self._layouts: dict[tuple[int, ...], _BucketLayout] = {}
+        self._modules: list[DistributedDataParallel] = []
+        self._reduced: set[nn.Parameter] = set()
+        self._set_aside: dict[nn.Parameter, list[Tensor]] = {}
+        self._is_complete = True
+        self._modules_checked = 0
+
+    def attach(self, module: DistributedDataParallel) -> None:
+        """Reduce this module's gradients; before its first backward."""
+        self._modules.append(module)
+        module.register_comm_hook(None, self._hook)
+
+    def assign(self, slices: Mapping[nn.Parameter, tuple[Slice, ...]]) -> None:
+        """Say who owns these parameters."""
+        self._slices.update(slices)
+
+    def before_backward(self) -> None:
+        """Set averaged gradients aside, so that the local ones of another backward do not mix with them.
+
+        Only a second backward without ``zero_grad`` in between has any: two losses, or accumulation without
+        ``no_backward_sync``.
+        """
+        self._check_owners()
+        for param in self._reduced:
+            if param.grad is None:
+                continue
+            runs = [run.clone() for run in self._own_runs(param, param.grad)]
+            if param in self._set_aside:
+                runs = [old + new for old, new in zip(self._set_aside[param], runs, strict=True)]
+            self._set_aside[param] = runs
+            param.grad.zero_()
+        self._reduced.clear()
+
+    def after_backward(self) -> None:
+        """Join what :meth:`before_backward` has set aside, if this backward was a synchronised one."""
+        self._is_complete = all(module.require_backward_grad_sync for module in self._modules)
+        if not self._is_complete:
+            return
+        for param, runs in self._set_aside.items():
+            if param.grad is None:
+                param.grad = torch.zeros_like(param)
+            for own, aside in zip(self._own_runs(param, param.grad), runs, strict=True):
+                own.add_(aside)
+            self._reduced.add(param)
+        self._set_aside.clear()
+
+    def check_complete(self) -> None:
+        """Raise if the last backward left its gradients on the ranks that computed them."""
+        if not self._is_complete and self.world_size > 1:
+            raise RuntimeError(
+                "optimizer.step() on gradients that were not synchronised: the last backward before it ran under"
+                " no_backward_sync (or no_sync). Leave the last micro-batch of each step out of it."
+            )
+
+    def _check_owners(self) -> None:
+        for module in self._modules[self._modules_checked :]:
+            for name, param in module.module.named_parameters():
+                if param.requires_grad and param not in self._slices:
+                    raise RuntimeError(
+                        f"The parameter {name!r} requires a gradient but belongs to no optimizer, so that no process"
+                        " owns it. Pass it to lm.Muon, or freeze it with requires_grad_(False) before the strategy"
+                        " sets up the model."
+                    )
+        self._modules_checked = len(self._modules)
+
+    def _own_runs(self, param: nn.Parameter, tensor: Tensor) -> Iterable[Tensor]:
+        if not tensor.is_contiguous():  # such a parameter has one owner for all of it
+            return [tensor] if self._slices[param][0].owner == self.rank else []
+        flat = tensor.view(-1)
+        return [flat[s.start : s.stop] for s in self._slices[param] if s.owner == self.rank]
+
+    # DDP compares the annotations of a hook with the types themselves, which postponed annotations are not.
+    def _hook(self, state, bucket):  # type: ignore[no-untyped-def]
+        buffer: Tensor = bucket.buffer()
+        params: list[nn.Parameter] = bucket.parameters()
+        self._reduced.update(params)
+        if self.world_size == 1:
+            future: torch.futures.Future[Tensor] = torch.futures.Future()
+            future.set_result(buffer)
+            return future
+        layout = self._layout(params)
+        sizes = layout.sizes()
+        own = layout.by_owner[self.rank]
+        runs = [buffer[start:stop] for runs in layout.by_owner for start, stop in runs]
+        sent = torch.cat(runs)
+        received = torch.empty(sizes[self.rank] * self.world_size, dtype=buffer.dtype, device=buffer.device)
+        work = dist.all_to_all_single(
+            received, sent, [sizes[self.rank]] * self.world_size, sizes, group=self.group, async_op=True
+        )
+
+        def average(done: torch.futures.Future[list[Tensor]], _keep_alive: Tensor = sent) -> Tensor:
+            done.wait()
+            parts = received.view(self.world_size, -1)
+            exact = torch.promote_types(parts.dtype, torch.float32)
+            mean = parts.sum(dim=0, dtype=exact).div_(self.world_size)
+            buffer.zero_()
+            offset = 0
+            for start, stop in own:
+                buffer[start:stop] = mean[offset : offset + stop - start]
+                offset += stop - start
+            return buffer
+
+        result: torch.futures.Future[Tensor] = work.get_future().then(average)
+        return result
+
+    def _layout(self, params: list[nn.Parameter]) -> _BucketLayout:
+        """DDP puts its buckets together anew after the first backward, so ownership is looked up per parameter."""
+        key = tuple(id(param) for param in params)
+        if key not in self._layouts:
+            by_owner: list[list[tuple[int, int]]] = [[] for _ in range(self.world_size)]
+            offset = 0
+            for param in params:
+                for piece in self._slices[param]:
+                    by_owner[piece.owner].append((offset + piece.start, offset + piece.stop))
+                offset += param.numel()
+            self._layouts[key] = _BucketLayout(tuple(map(tuple, by_owner)))
+        return self._layouts[key]

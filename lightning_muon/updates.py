@@ -1,0 +1,104 @@
+"""The elementwise rules: momentum, scale, decay, AdamW. Pure arithmetic on tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+__all__ = ["SCALES", "adamw_", "apply_update_", "momentum_", "state_dtype", "update_scale"]
+
+SCALES = ("match_rms_adamw", "original", "spectral")
+
+
+def update_scale(scale: str, rows: int, cols: int) -> float:
+    """The factor on the orthogonal update of a ``(rows, cols)`` matrix; rows are output features.
+
+    - ``"match_rms_adamw"``: ``0.2·√max(rows, cols)``. A full-rank orthogonal matrix has RMS ``1/√max``, and AdamW's
+      update an RMS of about 0.2 (Moonlight, arXiv 2502.16982, Lemma 1), so AdamW's learning rate carries over.
+    - ``"original"``: ``√max(1, rows/cols)`` (Keller Jordan).
+    - ``"spectral"``: ``√(rows/cols)``: the update's operator norm between RMS norms is 1 (arXiv 2310.17813).
+    """
+    if scale == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, cols))
+    if scale == "original":
+        return math.sqrt(max(1.0, rows / cols))
+    if scale == "spectral":
+        return math.sqrt(rows / cols)
+    raise ValueError(f"scale={scale!r} is not known; choose one of {', '.join(SCALES)}.")
+
+
+def state_dtype(param: Tensor) -> torch.dtype:
+    """float32 at least. Newton–Schulz lifts the small directions of the momentum to full size, and with them
+    whatever noise a 16-bit momentum would have gathered there."""
+    return torch.promote_types(param.dtype, torch.float32)
+
+
+def momentum_(buffer: Tensor, gradient: Tensor, momentum: float, nesterov: bool) -> Tensor:
+    """``M ← μM + (1-μ)G`` in place; what is orthogonalised is ``(1-μ)G + μM`` (Nesterov) or ``M`` itself.
+
+    This is ``torch.optim.Muon``'s form. It is ``(1-μ)`` times Moonlight's ``M ← μM + G``, ``G + μM``, and the polar
+    factor does not see a factor.
+
+    Args:
+        buffer: The momentum, float32 at least.
+        gradient: Same shape as ``buffer``, any floating dtype; left untouched.
+
+    Returns:
+        What is orthogonalised: ``buffer`` itself without Nesterov, so do not write to it.
+    """
+    gradient = gradient.to(buffer.dtype)
+    buffer.lerp_(gradient, 1 - momentum)
+    return gradient.lerp(buffer, momentum) if nesterov else buffer
+
+
+def apply_update_(weight: Tensor, update: Tensor, *, lr: float, weight_decay: float, scale: float) -> None:
+    """``W ← W - lr·(scale·update + weight_decay·W)`` in place; decay knows the learning rate only, not the scale.
+
+    A 16-bit weight is computed in float32 and rounded once.
+    """
+    if weight.dtype == update.dtype:
+        weight.mul_(1 - lr * weight_decay).add_(update, alpha=-lr * scale)
+    else:
+        exact = weight.to(update.dtype).mul_(1 - lr * weight_decay).add_(update, alpha=-lr * scale)
+        weight.copy_(exact)
+
+
+def adamw_(
+    params: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    states: Sequence[dict[str, Tensor | float]],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+) -> None:
+    """torch's own AdamW on tensors of any shape, in place; counts ``state["step"]`` up.
+
+    Args:
+        params, gradients: Tensors of equal shapes, pairwise.
+        states: ``exp_avg``, ``exp_avg_sq`` (like the parameter) and ``step`` (a number).
+    """
+    steps = [torch.tensor(float(state["step"])) for state in states]
+    adamw(
+        list(params),
+        list(gradients),
+        [state["exp_avg"] for state in states],  # type: ignore[misc]
+        [state["exp_avg_sq"] for state in states],  # type: ignore[misc]
+        [],
+        steps,
+        amsgrad=False,
+        beta1=betas[0],
+        beta2=betas[1],
+        lr=lr,
+        weight_decay=weight_decay,
+        eps=eps,
+        maximize=maximize,
+    )
+    for state in states:
+        state["step"] = float(state["step"]) + 1.0
