@@ -1,13 +1,25 @@
 """The Muon optimizer for PyTorch Lightning and Fabric. Importing it registers the strategies ``"muon_zero1"``."""
 
 from lightning_muon._register import register as _register
+from lightning_muon.fabric.log import log_optimizer
 from lightning_muon.muon import Muon
 from lightning_muon.orthogonalize import orthogonalize
 from lightning_muon.pytorch import MuonZero1Strategy
+from lightning_muon.pytorch.callbacks import SpectrumMonitor, UpdateRMSMonitor, WeightNormMonitor
 from lightning_muon.routing import Rule, mark
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["Muon", "MuonZero1Strategy", "Rule", "mark", "orthogonalize"]
+__all__ = [
+    "Muon",
+    "MuonZero1Strategy",
+    "Rule",
+    "SpectrumMonitor",
+    "UpdateRMSMonitor",
+    "WeightNormMonitor",
+    "log_optimizer",
+    "mark",
+    "orthogonalize",
+]
 
 _register()

@@ -24,7 +24,7 @@ def explain(param_groups: Sequence[Mapping[str, Any]], routes: Mapping[str, Rout
         for name, param in zip(group["param_names"], group["params"], strict=True):
             decision = routes[name]
             matrices, scales = "", ""
-            if decision.layout is not None:
+            if decision.algorithm == "muon" and decision.layout is not None:
                 matrices, scales = decision.layout.describe(), _scales(group["scale"], decision)
             rows.append((name, str(tuple(param.shape)), decision.algorithm, matrices, scales, decision.rule))
             counts[decision.algorithm] += param.numel()

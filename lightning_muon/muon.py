@@ -228,7 +228,7 @@ class Muon(Optimizer):
         device = self.param_groups[0]["params"][0].device
         largest = torch.nn.utils.get_total_norm(flat, float("inf")) if flat else torch.zeros((), device=device)
         is_broken = (~largest.isfinite()).to(device, torch.float32)
-        if not self._partition.agree(is_broken).item():
+        if not self._partition.maximum(is_broken).item():
             return True
         if self.nonfinite == "skip":
             self.skipped_steps += 1
@@ -279,6 +279,11 @@ class Muon(Optimizer):
         self._create_state()
         tensors = (value for state in self.state.values() for value in state.values() if isinstance(value, Tensor))
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    @property
+    def partition(self) -> Partition:
+        """Who this process shares the work with."""
+        return self._partition
 
     @property
     def update_records(self) -> Sequence[UpdateRecord]:

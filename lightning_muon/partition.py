@@ -16,7 +16,7 @@ NamedState = dict[str, dict[str, Tensor]]
 class Partition(Protocol):
     """How the elements of the parameters are shared out, and what the processes tell each other in a step.
 
-    Every process calls :meth:`agree`, :meth:`publish` and :meth:`consolidate` in the same order.
+    Every process calls :meth:`maximum`, :meth:`total`, :meth:`publish` and :meth:`consolidate` in the same order.
     """
 
     @property
@@ -29,8 +29,19 @@ class Partition(Protocol):
     def check_gradients(self) -> None:
         """Raise if the gradients of this step are not yet where they belong."""
 
-    def agree(self, flag: Tensor) -> Tensor:
-        """The largest ``flag`` (a scalar) of all processes."""
+    @property
+    def rank(self) -> int:
+        """Number of this process among those that share the work."""
+
+    @property
+    def world_size(self) -> int:
+        """How many processes share the work."""
+
+    def maximum(self, values: Tensor) -> Tensor:
+        """The element-wise maximum over the processes, in place."""
+
+    def total(self, values: Tensor) -> Tensor:
+        """The element-wise sum over the processes, in place."""
 
     def publish(self) -> None:
         """Bring what each process has updated to all of them."""
@@ -44,6 +55,8 @@ class Alone:
     """One process, or replicas that each do all the work."""
 
     is_sharded = False
+    rank = 0
+    world_size = 1
 
     def ranges(self, name: str, numel: int) -> Sequence[Range]:
         """All elements."""
@@ -52,9 +65,13 @@ class Alone:
     def check_gradients(self) -> None:
         """They are where they were computed."""
 
-    def agree(self, flag: Tensor) -> Tensor:
+    def maximum(self, values: Tensor) -> Tensor:
         """Nobody to ask."""
-        return flag
+        return values
+
+    def total(self, values: Tensor) -> Tensor:
+        """Nobody to add to."""
+        return values
 
     def publish(self) -> None:
         """Nobody to tell."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -44,7 +44,14 @@ class Rule:
 
 @dataclass(frozen=True)
 class Route:
-    """The decision on one parameter: the algorithm, its matrices (for Muon), and the rule that decided."""
+    """The decision on one parameter.
+
+    Attributes:
+        algorithm: ``"muon"`` or ``"adamw"``.
+        rule: The rule that decided.
+        layout: The matrices it is made of: what Muon orthogonalises, and what the monitors look at under AdamW too.
+            ``None`` for a vector.
+    """
 
     algorithm: Algorithm
     rule: str
@@ -104,7 +111,13 @@ def route(candidate: Candidate, rules: Iterable[Rule] = (), group: Mapping[str, 
     Raises:
         ValueError: No rule covers the parameter, or the options do not fit its shape.
     """
-    group = group or {}
+    decision = _decide(candidate, rules, group or {})
+    if decision.algorithm == "adamw":
+        return replace(decision, layout=_reading(candidate))
+    return decision
+
+
+def _decide(candidate: Candidate, rules: Iterable[Rule], group: Mapping[str, Any]) -> Route:
     if group.get("algorithm") is not None:
         return _as_told(candidate, "group option", group)
     marked = getattr(candidate.param, _MARK, None)
@@ -264,3 +277,11 @@ _BUILT_IN: tuple[Callable[[Candidate], Route | None], ...] = (
     _matrix,
     _expert_stack,
 )
+
+
+def _reading(candidate: Candidate) -> MatrixLayout | None:
+    """The matrices of a parameter that AdamW trains."""
+    if _vector(candidate):
+        return None
+    decisions = (built_in(candidate) for built_in in (_convolution, _fused, _matrix, _expert_stack))
+    return next((decision.layout for decision in decisions if decision and decision.layout), None)

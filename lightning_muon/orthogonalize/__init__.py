@@ -68,22 +68,23 @@ def orthogonalize(
     rows, cols = x.shape[-2:]
     wide = x.reshape(-1, rows, cols)
     wide = wide.mT if rows > cols else wide
-    normalized = _normalize(wide, sequence.safety if sequence else 1.0)
+    dtype = dtype or default_dtype(x)
+    exact = torch.promote_types(torch.promote_types(x.dtype, dtype), torch.float32)
+    normalized = _normalize(wide.to(exact), sequence.safety if sequence else 1.0)
     if sequence is None:
         result = polar_factor(normalized)
     else:
-        result = newton_schulz(normalized.to(dtype or default_dtype(x)), sequence.steps)
+        result = newton_schulz(normalized.to(dtype), sequence.steps)
     result = result.mT if rows > cols else result
     return result.to(x.dtype).reshape(x.shape).contiguous()
 
 
 def _normalize(x: Tensor, safety: float) -> Tensor:
-    """``X / (safety · ‖X‖_F)`` per matrix, in float32 at least. New memory.
+    """``X / (safety · ‖X‖_F)`` per matrix, float32 at least. New memory.
 
     Dividing by the largest entry first keeps the squares of the norm from over- or underflowing, so there is no
     epsilon, and a gradient of 1e-30 is as good as one of 1.
     """
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
     largest = x.abs().amax(dim=(-2, -1), keepdim=True)
     scaled = x / torch.where(largest == 0, 1.0, largest)
     norm = torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True)

@@ -30,7 +30,7 @@ def require_muon(optimizer: Optimizer, strategy: str) -> Muon:
     if isinstance(optimizer, Muon):
         return optimizer
     raise TypeError(
-        f"{strategy} shards lightning_muon.Muon and got {type(optimizer).__module__}.{type(optimizer).__qualname__}."
+        f"{strategy} needs lightning_muon.Muon and got {type(optimizer).__module__}.{type(optimizer).__qualname__}."
         " Return `lightning_muon.Muon(self, lr=...)` from configure_optimizers (or pass it to fabric.setup); it trains"
         " what is no matrix by AdamW. To train everything by AdamW under this strategy, pass it the group"
         ' [{"params": list(self.named_parameters()), "algorithm": "adamw"}].'
@@ -43,7 +43,7 @@ def ownership_plan(optimizer: Muon, world_size: int) -> OwnershipPlan:
     for group in optimizer.param_groups:
         for name, param in zip(group["param_names"], group["params"], strict=True):
             layout = optimizer.routes[name].layout
-            if layout is None:
+            if group["algorithm"] == "adamw" or layout is None:
                 runs.append(ElementRun(name, param.numel(), 2 * param.dtype.itemsize, param.is_contiguous()))
                 continue
             sequence = polynomial_sequence(group["orthogonalization"])
@@ -84,6 +84,7 @@ class Zero1Partition:
 
     def __init__(self, optimizer: Muon, reducer: GradientReducer) -> None:
         self.reducer = reducer
+        self.rank, self.world_size = reducer.rank, reducer.world_size
         self.plan = ownership_plan(optimizer, reducer.world_size)
         self._ranges = {
             name: [(piece.start, piece.stop) for piece in slices if piece.owner == reducer.rank]
@@ -111,10 +112,15 @@ class Zero1Partition:
         """Raise if the gradients have not been brought to their owners."""
         self.reducer.check_complete()
 
-    def agree(self, flag: Tensor) -> Tensor:
-        """The largest flag of all ranks."""
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.reducer.group)
-        return flag
+    def maximum(self, values: Tensor) -> Tensor:
+        """The element-wise maximum over the ranks, in place."""
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=self.reducer.group)
+        return values
+
+    def total(self, values: Tensor) -> Tensor:
+        """The element-wise sum over the ranks, in place."""
+        dist.all_reduce(values, group=self.reducer.group)
+        return values
 
     def publish(self) -> None:
         """Bring the owners' weights to everyone."""

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import lightning_muon as lm
-from lightning_muon.sharding.clipping import clip_grad_norm_, grad_norm
+from lightning_muon.sharding.clipping import clip_grad_norm_
 from lightning_muon.sharding.zero1 import Zero1
 from tests.models import awkward_model, token_batches
 from tests.processes import run_processes

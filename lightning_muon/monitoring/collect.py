@@ -1,0 +1,155 @@
+"""What crosses processes for the monitors: everything that was asked for, in one sum over one vector."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_muon.monitoring.measures import rms, spectral_norm, stable_rank, svd_entropy
+from lightning_muon.monitoring.sources import Measured, update_squares, weight_singular_values, weight_squares
+from lightning_muon.muon import Muon
+
+__all__ = ["FAMILIES", "Collection", "Request", "collect"]
+
+Mode = Literal["brief", "detailed"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a monitor wants to know.
+
+    Args:
+        families: Names of measures, from ``FAMILIES``.
+        include: Regular expression that a parameter's name must match somewhere; ``None`` takes all.
+        exclude: Regular expression that it must not match.
+        mode: For a parameter of several matrices, ``"brief"`` gives the median, minimum and maximum;
+            ``"detailed"`` gives each matrix as well.
+
+    Raises:
+        ValueError: An unknown mode or measure.
+    """
+
+    families: tuple[str, ...]
+    include: str | None = None
+    exclude: str | None = None
+    mode: Mode = "brief"
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("brief", "detailed"):
+            raise ValueError(f"mode={self.mode!r} is not known; choose 'brief' or 'detailed'.")
+        unknown = set(self.families) - set(FAMILIES)
+        if unknown:
+            raise ValueError(f"Unknown measures {sorted(unknown)}; choose from {', '.join(FAMILIES)}.")
+
+    def wants(self, name: str) -> bool:
+        """Whether the request is about this parameter."""
+        included = self.include is None or re.search(self.include, name) is not None
+        return included and (self.exclude is None or re.search(self.exclude, name) is None)
+
+
+@dataclass
+class Collection:
+    """What was found, the same on every process.
+
+    Attributes:
+        values: Scalars by logging key, ``muon/<family>/<parameter>``.
+        spectra: Singular values by parameter, all its matrices together, where a spectrum was asked for.
+    """
+
+    values: dict[str, float] = field(default_factory=dict)
+    spectra: dict[str, Tensor] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def collect(optimizer: Muon, requests: Sequence[Request]) -> Collection:
+    """Measure, after a step. Every process must call it with the same requests; each computes its share.
+
+    Weights are whole on every process, so their spectra are dealt out matrix by matrix; the size of an update is
+    known to the matrix's owner. One sum over the processes brings all of it together, and one copy to the host.
+
+    Args:
+        optimizer: The optimizer.
+        requests: What is wanted.
+    """
+    collection = Collection()
+    wanted = [
+        Measured(name, param, group, optimizer.routes[name].layout)
+        for group in optimizer.param_groups
+        for name, param in zip(group["param_names"], group["params"], strict=True)
+        if any(request.wants(name) for request in requests)
+    ]
+    sources = list(dict.fromkeys(FAMILIES[family].source for request in requests for family in request.families))
+    parts = [vector for source in sources for vector in source(optimizer, wanted)]
+    if not parts:
+        return collection
+    total = optimizer.partition.total(torch.cat(parts)).cpu()
+    found = iter(torch.split(total, [part.numel() for part in parts]))
+    results = {source: [next(found) for _ in wanted] for source in sources}
+    for request in requests:
+        for family in request.families:
+            _fill(collection, request, family, wanted, results[FAMILIES[family].source])
+    return collection
+
+
+def _fill(
+    collection: Collection, request: Request, family: str, wanted: Sequence[Measured], found: Sequence[Tensor]
+) -> None:
+    """Turn what a source found (one vector per parameter) into the keys of one family."""
+    own_values = []
+    for measured, vector in zip(wanted, found, strict=True):
+        if not request.wants(measured.name) or not vector.numel():
+            continue
+        key = f"muon/{family}/{measured.name}"
+        own, values = FAMILIES[family].summarize(measured, vector)
+        collection.values[key] = own
+        own_values.append(own)
+        if len(values) > 1:
+            collection.values[f"{key}.min"], collection.values[f"{key}.max"] = min(values), max(values)
+            if request.mode == "detailed":
+                collection.values.update({f"{key}.{number}": value for number, value in enumerate(values)})
+        if FAMILIES[family].source is weight_singular_values:
+            collection.spectra[measured.name] = vector
+    if own_values:
+        collection.values[f"muon/{family}/_min"] = min(own_values)
+        collection.values[f"muon/{family}/_mean"] = sum(own_values) / len(own_values)
+        collection.values[f"muon/{family}/_max"] = max(own_values)
+
+
+# A family is what is logged of a source: the parameter's own value, and that of every matrix where it is known.
+
+_Values = tuple[float, list[float]]
+
+
+@dataclass(frozen=True)
+class _Family:
+    source: Callable[[Muon, Sequence[Measured]], list[Tensor]]
+    summarize: Callable[[Measured, Tensor], _Values]
+
+
+def _rms(measured: Measured, squares: Tensor) -> _Values:
+    own = rms(squares.sum().item(), measured.param.numel())
+    if len(squares) != len(measured.numels):  # AdamW's update is known for the parameter only
+        return own, []
+    return own, [rms(s, n) for s, n in zip(squares.tolist(), measured.numels, strict=True)]
+
+
+def _of_spectrum(function: Callable[[Tensor], Tensor]) -> Callable[[Measured, Tensor], _Values]:
+    def summarize(measured: Measured, sigma: Tensor) -> _Values:
+        values = torch.stack([function(part) for part in torch.split(sigma, measured.ranks)])
+        return values.median().item(), values.tolist()
+
+    return summarize
+
+
+FAMILIES = {
+    "update_rms": _Family(update_squares, _rms),
+    "weight_rms": _Family(weight_squares, _rms),
+    "weight_spectral_norm": _Family(weight_singular_values, _of_spectrum(spectral_norm)),
+    "weight_stable_rank": _Family(weight_singular_values, _of_spectrum(stable_rank)),
+    "weight_svd_entropy": _Family(weight_singular_values, _of_spectrum(svd_entropy)),
+}

@@ -1,0 +1,117 @@
+"""What each process can say of the weights and the last step: one float64 vector per parameter and source.
+
+The sum of the vectors over the processes is the whole truth: an entry is filled by one process only, or by each
+with its part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_muon.matrices import MatrixLayout
+from lightning_muon.monitoring.measures import singular_values
+from lightning_muon.muon import Muon
+
+__all__ = ["Measured", "update_squares", "weight_singular_values", "weight_squares"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A parameter, as the measures see it."""
+
+    name: str
+    param: Tensor
+    group: dict[str, Any]
+    layout: MatrixLayout | None
+
+    @property
+    def numels(self) -> list[int]:
+        """Elements of each matrix; a vector counts as one."""
+        if self.layout is None:
+            return [self.param.numel()]
+        return [block.rows * cut for block in self.layout.blocks() for cut in block.cuts]
+
+    @property
+    def ranks(self) -> list[int]:
+        """Singular values of each matrix; none for a vector."""
+        if self.layout is None:
+            return []
+        return [min(block.rows, cut) for block in self.layout.blocks() for cut in block.cuts]
+
+    def matrices(self) -> list[Tensor]:
+        """The matrices; a vector as it is."""
+        flat = self.param.detach().reshape(-1)
+        if self.layout is None:
+            return [flat]
+        return [view for block in self.layout.blocks() for view in block.views(flat)]
+
+
+def update_squares(optimizer: Muon, wanted: Sequence[Measured]) -> list[Tensor]:
+    """``Σ update²`` of the last step, before decay and learning rate: per matrix for Muon, per parameter for AdamW."""
+    squares = {
+        key: value
+        for record in optimizer.update_records
+        for key, value in zip(record.keys, record.square_sums, strict=True)
+    }
+    vectors = []
+    for measured in wanted:
+        if measured.group["algorithm"] == "muon":
+            count = len(measured.numels)
+            vector = _zeros(measured, count)
+            for number in range(count):
+                if (measured.name, number) in squares:
+                    vector[number] = squares[measured.name, number]
+        else:
+            vector = _zeros(measured, 1) + _adamw_update_squares(optimizer, measured)
+        vectors.append(vector)
+    return vectors
+
+
+def _adamw_update_squares(optimizer: Muon, measured: Measured) -> Tensor | float:
+    """AdamW's ``m̂ / (√v̂ + ε)`` follows from its state, on the elements this process owns."""
+    state = optimizer.state[measured.param]
+    step = float(state.get("step", 0))
+    if not step:
+        return 0.0
+    beta1, beta2 = measured.group["betas"]
+    mean = state["exp_avg"].double() / (1 - beta1**step)
+    root = (state["exp_avg_sq"].double() / (1 - beta2**step)).sqrt()
+    update: Tensor = mean / (root + measured.group["eps"])
+    return update.square().sum()
+
+
+def weight_squares(optimizer: Muon, wanted: Sequence[Measured]) -> list[Tensor]:
+    """``Σ weight²`` per matrix; of a vector, as a whole."""
+    vectors = [_zeros(measured, len(measured.numels)) for measured in wanted]
+    for vector, number, matrix in _dealt(optimizer, wanted, vectors):
+        vector[number] = matrix.double().square().sum()
+    return vectors
+
+
+def weight_singular_values(optimizer: Muon, wanted: Sequence[Measured]) -> list[Tensor]:
+    """All singular values of each matrix, matrix after matrix; empty for a vector."""
+    vectors = [_zeros(measured, sum(measured.ranks)) for measured in wanted]
+    split = [list(torch.split(vector, measured.ranks)) for vector, measured in zip(vectors, wanted, strict=True)]
+    for parts, number, matrix in _dealt(optimizer, wanted, split):
+        if parts:
+            parts[number].copy_(singular_values(matrix))
+    return vectors
+
+
+def _dealt(optimizer: Muon, wanted: Sequence[Measured], targets: Sequence[Any]) -> Iterator[tuple[Any, int, Tensor]]:
+    """This process's share of all matrices: ``(target of the parameter, number, matrix)``."""
+    counter = 0
+    for measured, target in zip(wanted, targets, strict=True):
+        for number, matrix in enumerate(measured.matrices()):
+            if counter % optimizer.partition.world_size == optimizer.partition.rank:
+                yield target, number, matrix
+            counter += 1
+
+
+def _zeros(measured: Measured, count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.float64, device=measured.param.device)
