@@ -62,10 +62,10 @@ class ProcessGroupPool:
         for connection in self._connections:
             connection.close()
         for process in self._processes:
-            process.join(5)
-            if process.is_alive():
-                process.kill()
-                process.join()
+            process.kill()  # they hold nothing that has to be written
+        for process in self._processes:
+            process.join()
+            process.close()
         self._folder.cleanup()
 
 

@@ -56,7 +56,7 @@ def test_state_is_complete_before_the_first_step():
 
 
 def test_adamw_part_is_what_torch_saves():
-    model, optimizer = trained(3)
+    _, optimizer = trained(3)
     state = optimizer.state_dict()
     group = state["param_groups"][1]
     entries = state["state"][group["params"][0]]
@@ -66,7 +66,8 @@ def test_adamw_part_is_what_torch_saves():
 
 def test_parameters_are_matched_by_name_not_by_place():
     model, optimizer = trained(3)
-    backwards = lm.Muon(list(reversed(list(model.named_parameters()))), rules=[lm.Rule("experts"), lm.Rule("conv.weight")])
+    rules = [lm.Rule("experts"), lm.Rule("conv.weight")]  # without the module, their types are not known
+    backwards = lm.Muon(list(reversed(list(model.named_parameters()))), rules=rules)
     backwards.load_state_dict(optimizer.state_dict())
     for param, entries in optimizer.state.items():
         for key, value in entries.items():

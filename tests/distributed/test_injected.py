@@ -1,0 +1,173 @@
+"""The same gradients on every rank: then nothing is left that could differ but the sharding itself."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import lightning_muon as lm
+from lightning_muon.sharding.zero1 import Zero1
+from tests.models import awkward_model
+from tests.processes import run_processes
+from tests.references import relative_error
+
+SHAPES = {
+    "square": (63, 63),
+    "row": (1, 40),
+    "column": (40, 1),
+    "tall": (65, 17),
+    "wide": (17, 130),
+    "experts": (7, 12, 20),
+    "vector": (129,),
+}
+
+
+def gradients(shapes, step):
+    generator = torch.Generator().manual_seed(step)
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+class Injected(nn.Module):
+    """The gradient of ``Σ p·g`` is ``g``."""
+
+    def __init__(self, shapes):
+        super().__init__()
+        for name, weight in gradients(shapes, step=-1).items():
+            setattr(self, name, nn.Parameter(weight))
+
+    def forward(self, wanted):
+        return sum((getattr(self, name) * gradient).sum() for name, gradient in wanted.items())
+
+
+def run(shapes, sharded, options, steps=10, poisoned_rank=None):
+    model = Injected(shapes)
+    optimizer = lm.Muon(model, lr=0.02, adamw_lr=0.01, **options)
+    forward = model
+    if sharded:
+        forward = DistributedDataParallel(model, bucket_cap_mb=0.01)
+        zero1 = Zero1("test")
+        zero1.attach(forward)
+        zero1.adopt([optimizer])
+    error = None
+    for step in range(steps):
+        optimizer.zero_grad()
+        wanted = gradients(shapes, step)
+        if poisoned_rank is not None and step == 3 and dist.get_rank() == poisoned_rank:
+            next(iter(wanted.values()))[0] = float("nan")
+        if sharded:
+            zero1.before_backward()
+        forward(wanted).backward()
+        if sharded:
+            zero1.after_backward()
+        try:
+            optimizer.step()
+        except FloatingPointError as caught:
+            error = str(caught)
+            break
+    weights = {name: param.detach().clone() for name, param in model.named_parameters()}
+    return weights, optimizer.local_state_bytes(), error, optimizer.skipped_steps
+
+
+def one_matrix_per_shape(shapes):
+    """Then the same matrices are batched, whoever owns them: each by itself."""
+    return {name: shape for name, shape in shapes.items() if name != "experts"}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("orthogonalization", ["polar_express5", "keller5", "exact"])
+def test_sharded_equals_unsharded(world_size, orthogonalization):
+    options = {"orthogonalization": orthogonalization, "orthogonalization_dtype": torch.float32}
+    expected, state_bytes, *_ = run(SHAPES, False, options)
+    results = run_processes(world_size, run, SHAPES, True, options)
+    for name, weight in expected.items():
+        assert relative_error(results[0][0][name], weight) <= 1e-6, name
+        assert all(torch.equal(result[0][name], results[0][0][name]) for result in results)
+    assert sum(result[1] for result in results) == state_bytes
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("options", [{}, {"nesterov": False}, {"orthogonalization_dtype": torch.bfloat16}])
+def test_bitwise_where_the_same_matrices_are_batched(world_size, options):
+    shapes = one_matrix_per_shape(SHAPES)
+    expected, *_ = run(shapes, False, options)
+    for weights, *_ in run_processes(world_size, run, shapes, True, options):
+        assert all(torch.equal(weights[name], weight) for name, weight in expected.items())
+
+
+@pytest.mark.parametrize(
+    "shapes", [{"only": (9, 9)}, {"vector": (5,)}, {"a": (3, 3), "b": (4, 5)}], ids=["one", "none", "two"]
+)
+def test_fewer_matrices_than_ranks(shapes):
+    expected, *_ = run(shapes, False, {})
+    for weights, *_ in run_processes(4, run, shapes, True, {}):
+        for name, weight in expected.items():
+            assert relative_error(weights[name], weight) <= 1e-6
+
+
+@pytest.mark.parametrize("policy", ["raise", "skip"])
+@pytest.mark.parametrize("poisoned_rank", [0, 1])
+def test_a_nan_on_one_rank_stops_or_skips_all(policy, poisoned_rank):
+    results = run_processes(2, run, SHAPES, True, {"nonfinite": policy}, 5, poisoned_rank)
+    stopped_before, *_ = run(SHAPES, False, {}, steps=3)
+    for weights, _, error, skipped in results:
+        assert all(weight.isfinite().all() for weight in weights.values())
+        assert torch.equal(weights["square"], results[0][0]["square"])
+        if policy == "raise":
+            assert "not finite" in error
+            assert relative_error(weights["square"], stopped_before["square"]) <= 1e-6
+        else:
+            assert error is None
+            assert skipped == 1
+    if policy == "raise":
+        assert any("square" in result[2] for result in results)
+
+
+def step_without_synchronised_gradients():
+    model = awkward_model()
+    wrapped = DistributedDataParallel(model)
+    optimizer = lm.Muon(model)
+    zero1 = Zero1("test")
+    zero1.attach(wrapped)
+    zero1.adopt([optimizer])
+    with wrapped.no_sync():
+        zero1.before_backward()
+        wrapped(torch.zeros(2, 3, dtype=torch.int64)).sum().backward()
+        zero1.after_backward()
+    with pytest.raises(RuntimeError, match="not synchronised"):
+        optimizer.step()
+    with pytest.raises(RuntimeError, match="consolidate_state_dict"):
+        optimizer.state_dict()
+    with pytest.raises(RuntimeError, match="add_param_group"):
+        optimizer.add_param_group({"params": [("late", nn.Parameter(torch.zeros(2, 2)))]})
+
+
+def parameter_without_optimizer():
+    model = awkward_model()
+    wrapped = DistributedDataParallel(model)
+    zero1 = Zero1("test")
+    zero1.attach(wrapped)
+    zero1.adopt([lm.Muon([(n, p) for n, p in model.named_parameters() if n.startswith("square")])])
+    with pytest.raises(RuntimeError, match="requires a gradient but belongs to no optimizer"):
+        zero1.before_backward()
+
+
+def ranks_that_disagree():
+    model = nn.Linear(4, 4 + dist.get_rank())
+    with pytest.raises(RuntimeError, match="disagree"):
+        Zero1("test").adopt([lm.Muon(model)])
+
+
+def already_stepped():
+    model = nn.Linear(4, 4)
+    optimizer = lm.Muon(model)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="before the strategy set it up"):
+        Zero1("test").adopt([optimizer])
+
+
+@pytest.mark.parametrize(
+    "check", [step_without_synchronised_gradients, parameter_without_optimizer, ranks_that_disagree, already_stepped]
+)
+def test_misuse_is_an_error_on_every_rank(check):
+    run_processes(2, check)

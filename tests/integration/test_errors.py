@@ -1,0 +1,114 @@
+"""What a user gets wrong is said in words, before anything is lost."""
+
+import lightning as L
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+import lightning_muon as lm
+from tests.lightning_runs import AwkwardLightningModule, PoolEnvironment, fit, trainer
+from tests.processes import run_processes
+
+
+def other_optimizer_trainer():
+    with pytest.raises(
+        TypeError, match=r"MuonZero1Strategy needs lightning_muon\.Muon and got torch\.optim\.adamw\.AdamW"
+    ):
+        trainer().fit(AwkwardLightningModule(optimizer=torch.optim.AdamW))
+
+
+def other_optimizer_fabric():
+    fabric = L.Fabric(accelerator="cpu", devices=2, strategy="muon_zero1", plugins=[PoolEnvironment()])
+    fabric.launch()
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(TypeError, match=r"needs lightning_muon\.Muon and got"):
+        fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def unrouted_parameter():
+    module = AwkwardLightningModule()
+    module.mystery = torch.nn.Parameter(torch.zeros(2, 3, 4))
+    with pytest.raises(ValueError, match=r"No rule says how to train 'mystery'"):
+        trainer().fit(module)
+
+
+class Wider(AwkwardLightningModule):
+    def __init__(self):
+        super().__init__()
+        self.extra = torch.nn.Linear(3, 3)
+
+    def on_load_checkpoint(self, checkpoint):
+        # past Lightning's own check of the weights, so that the optimizer's is what speaks
+        checkpoint["state_dict"].update({f"extra.{k}": v for k, v in self.extra.state_dict().items()})
+
+
+def checkpoint_of_another_model(path):
+    fit(3, save_to=path)
+    with pytest.raises(ValueError, match=r"of another model\. Parameters it lacks: extra\.bias, extra\.weight"):
+        trainer().fit(Wider(), ckpt_path=path, weights_only=True)
+
+
+def nan_in_training():
+    class Poisoned(AwkwardLightningModule):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss * float("nan") if self.global_step == 2 and self.global_rank == 1 else loss
+
+    module = Poisoned()
+    with pytest.raises(FloatingPointError, match="not finite"):
+        trainer().fit(module)
+    assert all(param.isfinite().all() for param in module.parameters())
+
+
+@pytest.mark.parametrize(
+    "check", [other_optimizer_trainer, other_optimizer_fabric, unrouted_parameter, nan_in_training]
+)
+def test_every_rank_raises(check):
+    run_processes(2, check)
+
+
+def test_checkpoint_of_another_model_is_refused_on_every_rank(tmp_path):
+    run_processes(2, checkpoint_of_another_model, str(tmp_path / "other.ckpt"))
+
+
+@pytest.mark.parametrize("name", ["muon_zero1", "muon_zero1_spawn"])
+def test_the_other_lightning_package_is_told_apart(name):
+    import pytorch_lightning
+
+    with pytest.raises(TypeError, match=r"import lightning\.pytorch as pl"):
+        pytorch_lightning.Trainer(strategy=name, accelerator="cpu", devices=1)
+    with pytest.raises(ValueError, match=r"not of pytorch_lightning\.Trainer"):
+        pytorch_lightning.Trainer(strategy=lm.MuonZero1Strategy(), accelerator="cpu", devices=1)
+
+
+def test_a_second_communication_hook_is_refused():
+    with pytest.raises(ValueError, match="no room for another"):
+        lm.MuonZero1Strategy(ddp_comm_hook=lambda state, bucket: None)
+
+
+def test_loss_scaling_is_refused():
+    from lightning_muon.sharding.precision import refuse_loss_scaling
+
+    with pytest.raises(ValueError, match="bf16-mixed"):
+        refuse_loss_scaling(torch.amp.GradScaler("cpu"), "MuonZero1Strategy")
+
+
+def test_monitors_need_a_logger_and_muon():
+    quiet = {"accelerator": "cpu", "enable_progress_bar": False, "max_steps": 1, "enable_checkpointing": False}
+    with pytest.raises(MisconfigurationException, match="needs a logger"):
+        L.Trainer(logger=False, callbacks=[lm.UpdateRMSMonitor()], **quiet).fit(AwkwardLightningModule())
+    with pytest.raises(ValueError, match="every_n_steps"):
+        lm.SpectrumMonitor(every_n_steps=0)
+    with pytest.raises(ValueError, match="mode"):
+        lm.SpectrumMonitor(mode="verbose")
+
+
+def test_registration_is_idempotent_and_names_are_known():
+    from lightning.fabric.strategies import STRATEGY_REGISTRY
+    from lightning.pytorch.strategies import StrategyRegistry
+
+    from lightning_muon._register import register
+
+    register()
+    assert isinstance(StrategyRegistry.get("muon_zero1"), lm.MuonZero1Strategy)
+    assert isinstance(STRATEGY_REGISTRY.get("muon_zero1"), lm.fabric.MuonZero1Strategy)
