@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_muon import canonical_state
+from lightning_muon.adamw_step import step_adamw
 from lightning_muon.explain import explain
+from lightning_muon.matrices import MatrixLayout
+from lightning_muon.muon_step import UpdateRecord, step_muon
+from lightning_muon.owned import OwnedParameter
 from lightning_muon.param_groups import Router, as_param_groups, check_options
 from lightning_muon.partition import Alone, NamedState, Partition
 from lightning_muon.routing import Route, Rule
-from lightning_muon.step import OwnedMatrix, UpdateRecord, local_runs, owned_matrices, update_matrices
-from lightning_muon.updates import adamw_, state_dtype
+from lightning_muon.updates import state_dtype
 
 __all__ = ["Muon"]
 
@@ -158,72 +161,37 @@ class Muon(Optimizer):
         self._create_state()
         self._consolidated = None
         if self._may_step():
-            self._step_muon()
-            self._step_adamw()
+            self._update_weights()
             self._partition.publish()
         return loss
 
-    def _step_muon(self) -> None:
-        matrices: list[OwnedMatrix] = []
-        strided: list[tuple[Tensor, Tensor]] = []
-        for group, name, param in self._members("muon"):
+    def _owned(self, group: dict[str, Any]) -> Iterator[OwnedParameter]:
+        for name, param in zip(group["param_names"], group["params"], strict=True):
             ranges = self.local_ranges(name, param)
-            if param.grad is None or not ranges:
-                continue
-            layout = self.routes[name].layout
-            assert layout is not None
-            weight = param.reshape(-1)
-            if not param.is_contiguous():
-                strided.append((param, weight))
-            buffer = self.state[param]["momentum_buffer"].view(-1)
-            matrices += owned_matrices(name, layout, ranges, weight, param.grad.reshape(-1), buffer, group)
-        self._update_records = update_matrices(matrices)
-        for original, weight in strided:  # reshape() gave a copy
-            original.copy_(weight.view_as(original))
+            if param.grad is not None and ranges:
+                yield OwnedParameter(name, param, self.state[param], ranges, group)
 
-    def _step_adamw(self) -> None:
+    def _update_weights(self) -> None:
+        matrices = []
         for group in self.param_groups:
-            params, gradients, states, strided = [], [], [], []
-            for _, name, param in self._members("adamw", [group]):
-                ranges = self.local_ranges(name, param)
-                if param.grad is None or not ranges:
-                    continue
-                weight, gradient = param.reshape(-1), param.grad.reshape(-1)
-                if not param.is_contiguous():
-                    strided.append((param, weight))
-                for start, stop, offset in local_runs(ranges):
-                    params.append(weight[start:stop])
-                    gradients.append(gradient[start:stop])
-                    states.append((self.state[param], offset, stop - start))
-            if not params:
-                continue
-            views = [
-                {
-                    key: value.view(-1)[offset : offset + size] if isinstance(value, Tensor) else value
-                    for key, value in state.items()
-                }
-                for state, offset, size in states
-            ]
-            adamw_(
-                params,
-                gradients,
-                views,
-                lr=group["lr"],
-                betas=group["betas"],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                maximize=group["maximize"],
-            )
-            for (state, _, _), view in zip(states, views, strict=True):
-                state["step"] = view["step"]
-            for original, weight in strided:
-                original.copy_(weight.view_as(original))
+            if group["algorithm"] == "adamw":
+                step_adamw(group, list(self._owned(group)))
+            else:
+                matrices += [(parameter, self._layout(parameter.name)) for parameter in self._owned(group)]
+        self._update_records = step_muon(matrices)  # all groups together: same shapes are batched across them
+
+    def _layout(self, name: str) -> MatrixLayout:
+        layout = self.routes[name].layout
+        assert layout is not None  # the routes to Muon have one
+        return layout
 
     def _may_step(self) -> bool:
         """The policy on gradients that are not finite, the same on every process."""
         if self.nonfinite == "propagate":
             return True
-        gradients = {name: runs for _, name, param in self._members() if (runs := self.local_gradients(name, param))}
+        gradients = {
+            name: runs for name, param in self.named_parameters() if (runs := self.local_gradients(name, param))
+        }
         flat = [run for runs in gradients.values() for run in runs]
         device = self.param_groups[0]["params"][0].device
         largest = torch.nn.utils.get_total_norm(flat, float("inf")) if flat else torch.zeros((), device=device)
@@ -247,19 +215,10 @@ class Muon(Optimizer):
         """The decision on every trainable parameter, by name."""
         return self._router.routes
 
-    def _members(
-        self, algorithm: str | None = None, groups: Iterable[dict[str, Any]] | None = None
-    ) -> Iterator[tuple[dict[str, Any], str, nn.Parameter]]:
-        """``(group, name, parameter)`` of every trained parameter, or of those of one algorithm."""
-        for group in self.param_groups if groups is None else groups:
-            if algorithm in (None, group["algorithm"]):
-                for name, param in zip(group["param_names"], group["params"], strict=True):
-                    yield group, name, param
-
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Every trained parameter with its name, in the order of the groups."""
-        for _, name, param in self._members():
-            yield name, param
+        for group in self.param_groups:
+            yield from zip(group["param_names"], group["params"], strict=True)
 
     def local_ranges(self, name: str, param: Tensor) -> Sequence[tuple[int, int]]:
         """The runs of elements of a parameter that this process updates: all of them unless a strategy shards."""
@@ -312,14 +271,12 @@ class Muon(Optimizer):
 
     def _create_state(self) -> None:
         """State for every trained parameter, with or without a gradient, so that all processes have the same keys."""
-        for group, name, param in self._members():
-            if self.state[param]:
-                continue
+        for name, param in self.named_parameters():
             size = sum(stop - start for start, stop in self.local_ranges(name, param))
-            if not size:
+            if self.state[param] or not size:
                 continue
             shape = param.shape if size == param.numel() else torch.Size([size])
-            if group["algorithm"] == "muon":
+            if self.routes[name].algorithm == "muon":
                 dtypes = {"momentum_buffer": state_dtype(param)}
             else:
                 dtypes = {"exp_avg": param.dtype, "exp_avg_sq": param.dtype}

@@ -78,20 +78,20 @@ def adamw_(
     weight_decay: float,
     maximize: bool,
 ) -> None:
-    """torch's own AdamW on tensors of any shape, in place; counts ``state["step"]`` up.
+    """torch's own AdamW on tensors of any shape, in place.
 
     Args:
         params, gradients: Tensors of equal shapes, pairwise.
-        states: ``exp_avg``, ``exp_avg_sq`` (like the parameter) and ``step`` (a number).
+        states: ``exp_avg``, ``exp_avg_sq`` (like the parameter, updated) and ``step``, the steps before this one
+            (a number, which the caller counts up).
     """
-    steps = [torch.tensor(float(state["step"])) for state in states]
     adamw(
         list(params),
         list(gradients),
         [state["exp_avg"] for state in states],  # type: ignore[misc]
         [state["exp_avg_sq"] for state in states],  # type: ignore[misc]
         [],
-        steps,
+        [torch.tensor(float(state["step"])) for state in states],
         amsgrad=False,
         beta1=betas[0],
         beta2=betas[1],
@@ -100,5 +100,3 @@ def adamw_(
         eps=eps,
         maximize=maximize,
     )
-    for state in states:
-        state["step"] = float(state["step"]) + 1.0

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from lightning_muon.matrices import MatrixLayout
 from lightning_muon.orthogonalize import orthogonalize
-from lightning_muon.partition import Range
+from lightning_muon.owned import OwnedParameter
 from lightning_muon.updates import apply_update_, momentum_, update_scale
 
-__all__ = ["MatrixKey", "OwnedMatrix", "UpdateRecord", "local_runs", "owned_matrices", "update_matrices"]
+__all__ = ["MatrixKey", "UpdateRecord", "step_muon"]
 
 MatrixKey = tuple[str, int]
 
@@ -23,7 +23,7 @@ _MAX_BATCH_ELEMENTS = 1 << 26
 
 
 @dataclass(frozen=True)
-class OwnedMatrix:
+class _OwnedMatrix:
     """A matrix about to be updated.
 
     Attributes:
@@ -55,34 +55,33 @@ class UpdateRecord:
     square_sums: Tensor
 
 
-def local_runs(ranges: Iterable[Range]) -> Iterator[tuple[int, int, int]]:
-    """``(start, stop, offset)`` per range: where it lies in the parameter and in this process's packed state."""
-    offset = 0
-    for start, stop in ranges:
-        yield start, stop, offset
-        offset += stop - start
-
-
-def owned_matrices(
-    name: str,
-    layout: MatrixLayout,
-    ranges: Iterable[Range],
-    weight: Tensor,
-    gradient: Tensor,
-    buffer: Tensor,
-    group: Mapping[str, Any],
-) -> Iterator[OwnedMatrix]:
-    """Advance the momentum of the owned ranges and yield their matrices.
+def step_muon(owned: Iterable[tuple[OwnedParameter, MatrixLayout]]) -> list[UpdateRecord]:
+    """Update the owned matrices of all parameters.
 
     Args:
-        name: The parameter's name.
-        layout: Its matrices.
-        ranges: The runs of elements this process owns; each holds whole blocks of ``layout``.
-        weight, gradient: ``(numel,)``, the whole parameter.
-        buffer: ``(local numel,)``, the momentum of the ranges, one after the other.
-        group: The parameter group.
+        owned: Parameters with their matrices; a parameter's ranges hold whole blocks of its layout.
+
+    Returns:
+        What the updates were.
     """
-    for start, stop, offset in local_runs(ranges):
+    matrices: list[_OwnedMatrix] = []
+    weights = []
+    for parameter, layout in owned:
+        weight, gradient = parameter.flat()
+        weights.append((parameter, weight))
+        matrices += _advance_momentum(parameter, layout, weight, gradient)
+    records = _update(matrices)
+    for parameter, weight in weights:
+        parameter.write_back(weight)
+    return records
+
+
+def _advance_momentum(
+    parameter: OwnedParameter, layout: MatrixLayout, weight: Tensor, gradient: Tensor
+) -> Iterator[_OwnedMatrix]:
+    """Advance the momentum of the owned ranges and yield their matrices. ``weight``, ``gradient``: ``(numel,)``."""
+    group, buffer = parameter.group, parameter.state["momentum_buffer"].view(-1)
+    for start, stop, offset in parameter.runs():
         run = gradient[start:stop]
         fed = momentum_(
             buffer[offset : offset + stop - start],
@@ -93,16 +92,16 @@ def owned_matrices(
         for block in layout.blocks():
             if not start <= block.start < stop:
                 continue
-            for number, (matrix, input_) in enumerate(
-                zip(block.views(weight), block.views(fed, start), strict=True), start=block.index
-            ):
+            views = zip(block.views(weight), block.views(fed, start), strict=True)
+            for number, (matrix, input_) in enumerate(views, start=block.index):
                 rows, cols = reversed(matrix.shape) if layout.transposed else matrix.shape
-                yield OwnedMatrix((name, number), matrix, input_, group, update_scale(group["scale"], rows, cols))
+                scale = update_scale(group["scale"], rows, cols)
+                yield _OwnedMatrix((parameter.name, number), matrix, input_, group, scale)
 
 
-def update_matrices(matrices: Iterable[OwnedMatrix]) -> list[UpdateRecord]:
+def _update(matrices: Iterable[_OwnedMatrix]) -> list[UpdateRecord]:
     """Orthogonalise and apply, same shapes batched; a tall matrix joins the wide ones transposed."""
-    buckets: dict[tuple[Any, ...], list[OwnedMatrix]] = {}
+    buckets: dict[tuple[Any, ...], list[_OwnedMatrix]] = {}
     for matrix in matrices:
         group = matrix.group
         short, long = sorted(matrix.fed.shape)
@@ -117,7 +116,7 @@ def update_matrices(matrices: Iterable[OwnedMatrix]) -> list[UpdateRecord]:
     return records
 
 
-def _update_batch(batch: list[OwnedMatrix]) -> UpdateRecord:
+def _update_batch(batch: list[_OwnedMatrix]) -> UpdateRecord:
     group = batch[0].group
     updates = orthogonalize(
         torch.stack([_wide(matrix.fed) for matrix in batch]),
