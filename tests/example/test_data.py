@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -72,18 +71,14 @@ def test_few_files_leave_something_on_each_side(text: Path) -> None:
 
 
 def global_batches(text: Path, num_ranks: int) -> list[list[tuple[int, ...]]]:
-    """The first three global batches, sampled as Lightning does: a ``DistributedSampler`` without shuffling."""
+    """The windows of the first three global batches, put together from all ranks' loaders."""
     batches: list[list[tuple[int, ...]]] = [[], [], []]
     for rank in range(num_ranks):
-        data = TextDataModule([str(text)], seq_len=16, batch_size=8, num_ranks=num_ranks, val_windows=8)
-        data.setup()
+        data = TextDataModule([str(text)], seq_len=16, batch_size=8, num_ranks=num_ranks, rank=rank)
         loader = data.train_dataloader()
-        sampler: DistributedSampler[Any] = DistributedSampler(loader.dataset, num_ranks, rank, shuffle=False)
-        indices = list(sampler)
-        assert loader.batch_size is not None
-        for number in range(3):
-            for index in indices[number * loader.batch_size : (number + 1) * loader.batch_size]:
-                batches[number].append(tuple(loader.dataset[index].tolist()))
+        assert isinstance(loader.sampler, DistributedSampler)  # else Lightning puts in its own, which shuffles
+        for batch, mine in zip(batches, loader, strict=False):
+            batch += [tuple(window.tolist()) for window in mine]
     return [sorted(batch) for batch in batches]
 
 

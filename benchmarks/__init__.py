@@ -1,0 +1,1 @@
+"""Measurements, each one command. Figures in documents come from here."""
