@@ -4,8 +4,8 @@
 
 Both optimizers get the same grid procedure (learning rate of the matrices × learning rate of the rest), on a seed that
 is not among those reported, and are judged at the end of their own schedule. Most of a naive comparison's gap is
-AdamW's learning rate for the embedding and the head; here it is tuned. Every run is a ``make demo`` with flags; finished
-runs are kept under ``runs/muon_vs_adamw`` and not repeated.
+AdamW's learning rate for the embedding and the head; here it is tuned. Every run is a ``make demo`` with flags;
+finished runs are kept under ``runs/muon_vs_adamw`` and not repeated.
 """
 
 from __future__ import annotations

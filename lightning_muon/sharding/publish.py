@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_muon._compat import all_gather_single
 from lightning_muon.sharding.ownership import Slice
 
 __all__ = ["WeightPublisher"]
@@ -31,7 +32,7 @@ class WeightPublisher:
     """All-gathers the owned slices of a set of parameters, bit for bit.
 
     Each rank's slices form one sequence in the order of the parameters; the sequences are cut into chunks of equal
-    size, and every chunk is one ``all_gather_into_tensor``. So only the last chunks are padded, by as much as the
+    size, and every chunk is one all-gather. So only the last chunks are padded, by as much as the
     ranks' shares differ, and never a bucket by the shape of what happens to be in it.
 
     Args:
@@ -61,7 +62,7 @@ class WeightPublisher:
             for piece in pieces[self.rank]:
                 sent[piece.offset : piece.offset + piece.stop - piece.start] = _read(piece)
             received = torch.empty(self.world_size * size, dtype=dtype, device=device)
-            dist.all_gather_into_tensor(received, sent, group=self.group)
+            all_gather_single(received, sent, group=self.group)
             for rank, part in enumerate(received.view(self.world_size, size)):
                 if rank != self.rank:
                     for piece in pieces[rank]:
