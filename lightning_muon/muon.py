@@ -259,9 +259,13 @@ class Muon(Optimizer):
         """Leave a part of the work to other processes; called by a strategy, before the first step.
 
         Raises:
-            RuntimeError: There is whole state already, of which a part would be lost.
+            RuntimeError: There is state already that would not fit this process's new part.
         """
-        if any(self.state.values()):
+        keeps_its_part = all(
+            list(partition.ranges(name, param.numel())) == list(self.local_ranges(name, param))
+            for name, param in self.named_parameters()
+        )
+        if any(self.state.values()) and not keeps_its_part:
             raise RuntimeError(
                 "This optimizer has stepped, or loaded a state, before the strategy set it up. Set it up first"
                 " (fabric.setup, Trainer.fit), then load the checkpoint."

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.plugins.precision import MixedPrecision
 from lightning.fabric.strategies.ddp import DDPStrategy
+from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
@@ -54,7 +55,7 @@ class MuonZero1Strategy(DDPStrategy):
     @override
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
         optimizer = super().setup_optimizer(optimizer)
-        self._sharding.adopt([optimizer])
+        rank_zero_info(self._sharding.adopt([optimizer]))
         return optimizer
 
     @override

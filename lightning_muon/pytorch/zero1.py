@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from lightning.fabric.utilities import rank_zero_info
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
@@ -72,7 +73,7 @@ class MuonZero1Strategy(DDPStrategy):
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         super().setup_optimizers(trainer)
         assert self._zero1 is not None
-        self._zero1.adopt(self.optimizers)
+        rank_zero_info(self._zero1.adopt(self.optimizers))
 
     @override
     def pre_backward(self, closure_loss: Tensor) -> None:

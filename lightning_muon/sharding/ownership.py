@@ -72,6 +72,15 @@ class OwnershipPlan:
     flops: tuple[int, ...]
     state_bytes: tuple[int, ...]
 
+    def describe(self) -> str:
+        """The plan in a line: state per rank, and how uneven work and state are."""
+        mean_bytes, mean_flops = sum(self.state_bytes) / self.world_size, sum(self.flops) / self.world_size
+        return (
+            f"{len(self.slices)} parameters, {self.world_size} processes, {mean_bytes / 2**20:.2f} MiB of state each"
+            f" (largest / mean {max(self.state_bytes) / (mean_bytes or 1):.2f}), orthogonalisation largest / mean"
+            f" {max(self.flops) / (mean_flops or 1):.2f}"
+        )
+
     def digest(self) -> str:
         """A hash that is equal on two ranks only if their plans are."""
         return hashlib.sha256(repr((self.world_size, sorted(self.slices.items()))).encode()).hexdigest()

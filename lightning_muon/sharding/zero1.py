@@ -147,14 +147,21 @@ class Zero1:
         """Have the module's gradients reduced to their owners."""
         self.reducer.attach(module)
 
-    def adopt(self, optimizers: Iterable[Optimizer]) -> None:
+    def adopt(self, optimizers: Iterable[Optimizer]) -> str:
         """Check the optimizers, plan who owns what, and leave each with this rank's part.
+
+        Returns:
+            What was planned, in words.
 
         Raises:
             TypeError: An optimizer is not :class:`lightning_muon.Muon`.
         """
+        summaries = []
         for optimizer in [require_muon(optimizer, self.strategy) for optimizer in optimizers]:
-            optimizer.shard(Zero1Partition(optimizer, self.reducer))
+            partition = Zero1Partition(optimizer, self.reducer)
+            optimizer.shard(partition)
+            summaries.append(partition.plan.describe())
+        return f"{self.strategy}: " + "; ".join(summaries) + ". optimizer.explain() shows each parameter."
 
     def before_backward(self) -> None:
         """Call before every backward."""

@@ -1,0 +1,103 @@
+"""The acceptance of the sharding on the example's mixture of experts."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import lightning_muon as lm
+from examples.moe_lm.config import ModelConfig
+from examples.moe_lm.model import MoELM, next_token_nll
+from lightning_muon.sharding.zero1 import Zero1, ownership_plan
+from tests.processes import run_processes
+from tests.references import relative_error
+
+STEPS = 20
+GEOMETRY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "intermediate_size": 72,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 6,
+    "max_seq_len": 16,
+}
+
+
+class PinnedRouting(MoELM):
+    """Every token goes to two experts by its position, so that rounding cannot flip a tie between two scores."""
+
+    def __init__(self):
+        super().__init__(ModelConfig(**GEOMETRY))
+        for layer in self.moe_layers.values():
+            layer.gate.forward = lambda x, gate=layer.gate: _by_position(x, gate)
+
+    def loss(self, windows):
+        return next_token_nll(self(windows[:, :-1]), windows[:, 1:]).mean()
+
+
+def _by_position(x_NH, gate):
+    scores_NE = torch.sigmoid(x_NH.float() @ gate.weight.float().T)
+    first_N = torch.arange(len(x_NH)) % scores_NE.shape[1]
+    experts_NK = torch.stack([first_N, (first_N + 1) % scores_NE.shape[1]], dim=1)
+    weights_NK = scores_NE.gather(1, experts_NK)
+    return experts_NK, weights_NK / weights_NK.sum(-1, keepdim=True)
+
+
+class _Loss(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, windows):
+        return self.model.loss(windows)
+
+
+def train(sharded):
+    torch.manual_seed(0)
+    model = PinnedRouting().train()
+    optimizer = lm.Muon(model, lr=8e-3, orthogonalization_dtype=torch.float32)
+    forward = model.loss
+    rank, world_size = 0, 1
+    if sharded:
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        forward = DistributedDataParallel(_Loss(model), bucket_cap_mb=0.05)
+        zero1 = Zero1("test")
+        zero1.attach(forward)
+        zero1.adopt([optimizer])
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(STEPS):
+        # 12 windows of 12 tokens: every rank's tokens start at expert 0 again
+        windows = torch.randint(0, 257, (12, 13), generator=generator)
+        optimizer.zero_grad()
+        loss = forward(windows.chunk(world_size)[rank])
+        if sharded:
+            zero1.before_backward()
+        loss.backward()
+        if sharded:
+            zero1.after_backward()
+        optimizer.step()
+    return {name: p.detach().clone() for name, p in model.named_parameters()}, optimizer.local_state_bytes()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_twenty_steps_equal_one_process(world_size):
+    expected, state_bytes = train(sharded=False)
+    results = run_processes(world_size, train, True)
+    for name, weight in expected.items():
+        assert relative_error(results[0][0][name], weight) <= 1e-5, name
+        assert all(torch.equal(result[0][name], results[0][0][name]) for result in results), name
+    assert sum(result[1] for result in results) == state_bytes
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4, 8])
+def test_state_is_balanced(world_size):
+    optimizer = lm.Muon(MoELM(ModelConfig()))
+    plan = ownership_plan(optimizer, world_size)
+    assert sum(plan.state_bytes) == optimizer.local_state_bytes()
+    assert max(plan.state_bytes) <= 1.15 * sum(plan.state_bytes) / world_size
+    assert max(plan.flops) <= 1.15 * sum(plan.flops) / world_size

@@ -1,0 +1,83 @@
+"""What DistributedDataParallel can do besides, with the gradients of one process as the measure."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import lightning_muon as lm
+from lightning_muon.sharding.zero1 import Zero1
+from tests.processes import run_processes
+from tests.references import relative_error
+
+
+class Sometimes(nn.Module):
+    """Uses ``first`` for even samples, ``second`` for odd ones, ``never`` for none."""
+
+    def __init__(self, is_strided=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.shared = nn.Conv2d(3, 6, 3)
+        self.first, self.second, self.never = (nn.Linear(6, 7) for _ in range(3))
+        if is_strided:
+            self.shared.to(memory_format=torch.channels_last)
+
+    def forward(self, images, numbers, uses_branches):
+        x = torch.tanh(self.shared(images).mean((-1, -2)))
+        if not uses_branches:
+            return (self.first(x) + self.second(x) + self.never(x)).square().sum()
+        total = x.sum()
+        for sample, number in zip(x, numbers.tolist(), strict=True):
+            total = total + (self.first if number % 2 == 0 else self.second)(sample).square().sum()
+        return total
+
+
+def train(sharded, uses_branches, is_strided, accumulate_without_zero, ddp_options):
+    model = Sometimes(is_strided)
+    optimizer = lm.Muon(model, lr=0.02)
+    forward, rank, world_size = model, 0, 1
+    if sharded:
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        forward = DistributedDataParallel(model, **ddp_options)
+        zero1 = Zero1("test")
+        zero1.attach(forward)
+        zero1.adopt([optimizer])
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(6):
+        optimizer.zero_grad()
+        for _ in range(2 if accumulate_without_zero else 1):
+            images, numbers = torch.randn(4, 3, 5, 5, generator=generator), torch.arange(4)
+            # with two ranks, rank 0 has the even samples: each rank misses a branch
+            mine = slice(rank, None, world_size)
+            loss = forward(images[mine], numbers[mine], uses_branches) * world_size / 4
+            if sharded:
+                zero1.before_backward()
+            loss.backward()
+            if sharded:
+                zero1.after_backward()
+        optimizer.step()
+    return {name: param.detach().clone() for name, param in model.named_parameters()}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(
+    ("uses_branches", "is_strided", "accumulate_without_zero", "ddp_options"),
+    [
+        (True, False, False, {"find_unused_parameters": True}),
+        (True, False, True, {"find_unused_parameters": True}),
+        (False, False, False, {"static_graph": True}),
+        (False, False, True, {"gradient_as_bucket_view": True}),
+        (False, True, False, {}),
+        (False, True, True, {"gradient_as_bucket_view": True, "bucket_cap_mb": 0.0005}),
+    ],
+    ids=["unused", "unused, two backwards", "static graph", "bucket view, two backwards", "strided", "strided, views"],
+)
+def test_equals_one_process(world_size, uses_branches, is_strided, accumulate_without_zero, ddp_options):
+    arguments = (uses_branches, is_strided, accumulate_without_zero, ddp_options)
+    expected = train(False, *arguments)
+    for result in run_processes(world_size, train, True, *arguments):
+        for name, weight in expected.items():
+            assert relative_error(result[name], weight) <= 1e-5, name
+    if uses_branches:
+        torch.testing.assert_close(expected["never.weight"], Sometimes().never.weight.detach(), rtol=0, atol=0)
