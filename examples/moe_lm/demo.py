@@ -30,8 +30,8 @@ import lightning_muon as lm
 from examples.moe_lm.config import ModelConfig
 from examples.moe_lm.data import SEPARATOR, TextDataModule
 from examples.moe_lm.model import MoELM
-from examples.moe_lm.optim import is_auxiliary
 from examples.moe_lm.report import draw_loss, draw_matrices, read_scalars
+from examples.moe_lm.spectra import draw_spectra, read_spectra
 
 SEQ_LEN = 128
 BATCH_SIZE = 16  # windows over all ranks: 2048 tokens per step
@@ -78,15 +78,6 @@ class StateBytes(Callback):
         self.per_rank = [mine] * trainer.world_size
         if dist.is_initialized():
             dist.all_gather_object(self.per_rank, mine)
-
-
-def replicated_state_bytes(model: MoELM) -> int:
-    """What every rank would hold without sharding: fp32, one number per Muon parameter, two per AdamW parameter."""
-    total = 0
-    for name, parameter in model.named_parameters():
-        muon = model.optimizer_name == "muon" and not is_auxiliary(name, parameter)
-        total += 4 * parameter.numel() * (1 if muon else 2)
-    return total
 
 
 def environment() -> dict[str, Any]:
@@ -168,9 +159,11 @@ def report(
     pictures = [
         draw_loss(scalars, folder / "loss.png", tokens_per_step, run),
         draw_matrices(scalars, folder / "matrices.png", run),
+        draw_spectra(read_spectra(folder), folder / "spectra.png", run),
     ]
     rates = [value for _, value in scalars.get("train/tokens_per_sec", [])]
-    replicated = replicated_state_bytes(model)
+    # sharded, all processes together hold what each would hold of a replicated state
+    replicated = sum(state_bytes.per_rank) if options.strategy == "muon_zero1" else state_bytes.per_rank[0]
     total, active = model.config.num_parameters()
     figures: dict[str, Any] = {
         "optimizer": options.optimizer,

@@ -28,9 +28,7 @@ GROUPS: dict[str, tuple[str, str]] = {
 
 def read_scalars(folder: Path) -> dict[str, Curve]:
     """Every logged scalar of a run."""
-    from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
-        EventAccumulator,
-    )
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})  # 0: all points
     events.Reload()
