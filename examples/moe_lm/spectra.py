@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
 # One matrix of each kind, the first that matches; a stack of experts shows all its matrices' values together.
 PANELS = {
@@ -34,7 +34,7 @@ def read_spectra(folder: Path) -> dict[str, Spectrum]:
 
 
 def draw_spectra(spectra: dict[str, Spectrum], path: Path, title: str) -> Path:
-    """Median, quartiles, deciles and extremes of the singular values over steps, for one matrix of each kind."""
+    """Median, quartiles, deciles and maximum of the singular values over steps, for one matrix of each kind."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -47,12 +47,11 @@ def draw_spectra(spectra: dict[str, Spectrum], path: Path, title: str) -> Path:
             axes.set_axis_off()
             continue
         steps = [step for step, _ in spectra[name]]
-        lowest, d1, q1, median, q3, d9, highest = zip(*(values for _, values in spectra[name]), strict=True)
+        d1, q1, median, q3, d9, highest = zip(*(values for _, values in spectra[name]), strict=True)
         axes.fill_between(steps, d1, d9, color="#4c72b0", alpha=0.2, linewidth=0, label="10 – 90 %")
         axes.fill_between(steps, q1, q3, color="#4c72b0", alpha=0.35, linewidth=0, label="25 – 75 %")
         axes.plot(steps, median, color="#1f3a68", linewidth=1.8, label="median")
         axes.plot(steps, highest, color="#c44e52", linewidth=1.4, label="largest")
-        axes.plot(steps, lowest, color="#8c8c8c", linewidth=1.4, linestyle="--", label="smallest")
         axes.set_yscale("log")
         axes.set_title(f"{label}: {name}", loc="left", fontsize=9)
         axes.grid(alpha=0.25)
