@@ -89,7 +89,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         arguments = (options.processes, f"{folder}/store", options.rounds, options.json)
-        mp.spawn(_run, arguments, nprocs=options.processes)
+        mp.spawn(_run, arguments, nprocs=options.processes)  # type: ignore[attr-defined,no-untyped-call]
 
 
 if __name__ == "__main__":
