@@ -7,8 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from lightning_muon.orthogonalize import available_sequences, polynomial_sequence
+
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples" / "moe_lm" / "README.md"]
+DOCUMENTS = [
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "examples" / "moe_lm" / "README.md",
+]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 
 
@@ -39,3 +46,13 @@ def test_map_of_the_house_names_what_is_there():
     names = set(re.findall(r"\b(\w+)\.py\b", house))
     present = {path.stem for path in (ROOT / "lightning_muon").rglob("*.py")}
     assert names <= present, names - present
+
+
+def test_table_of_sequences_is_the_registry():
+    table = (ROOT / "docs" / "orthogonalization.md").read_text()
+    rows = re.findall(
+        r"^\| `(\w+)`[^|]*\| (\d+) \| ([\d.]+) \| ([\d.]+) – ([\d.]+) \| ([\d.]+) \|$", table, flags=re.MULTILINE
+    )
+    found = {name: tuple(map(float, numbers)) for name, *numbers in rows}
+    sequences = [polynomial_sequence(name) for name in available_sequences() if name != "exact"]
+    assert found == {s.name: (len(s.steps), *s.guarantee, s.safety) for s in sequences}
