@@ -159,7 +159,7 @@ class Muon(Optimizer):
                 loss = closure()
         self._partition.check_gradients()
         self._create_state()
-        self._consolidated = None
+        self._consolidated, self._update_records = None, []
         if self._may_step():
             self._update_weights()
             self._partition.publish()
@@ -231,7 +231,7 @@ class Muon(Optimizer):
         if param.grad.is_sparse:
             raise RuntimeError(f"{name!r} has a sparse gradient; Muon needs dense ones (nn.Embedding(sparse=False)).")
         flat = param.grad.reshape(-1)
-        return [flat[start:stop] for start, stop in self.local_ranges(name, param)]
+        return [flat[start:stop] for start, stop in self.local_ranges(name, param) if stop > start]
 
     def local_state_bytes(self) -> int:
         """Bytes of optimizer state that this process keeps."""

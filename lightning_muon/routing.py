@@ -213,7 +213,7 @@ def _output_head(candidate: Candidate) -> Route | None:
 
 def _vector(candidate: Candidate) -> Route | None:
     shape = candidate.param.shape
-    is_vector = len(shape) < 2 or candidate.param.numel() == max(shape)
+    is_vector = len(shape) < 2 or candidate.param.numel() <= max(shape)
     return Route("adamw", "vector") if is_vector else None
 
 

@@ -48,7 +48,8 @@ def clip_grad_norm_(
     """Scale the gradient so that its norm is at most ``max_norm``, as ``torch.nn.utils.clip_grad_norm_`` does.
 
     Muon's update does not depend on the size of a matrix's gradient: here clipping only changes how much a step
-    weighs in the momentum. AdamW's parameters feel it as usual.
+    weighs in the momentum. AdamW's parameters feel it as usual. A gradient whose norm is not finite is left as it is:
+    scaling would spread the NaN to all parameters, and the optimizer's own policy could not say where it comes from.
 
     Returns:
         The norm before clipping.
@@ -63,5 +64,5 @@ def clip_grad_norm_(
             " error_if_nonfinite=False to go on all the same."
         )
     params = [param for _, param in optimizer.named_parameters()]
-    torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
+    torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm.nan_to_num(nan=0.0, posinf=0.0))
     return norm

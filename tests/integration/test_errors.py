@@ -54,14 +54,34 @@ def nan_in_training():
             loss = super().training_step(batch, batch_idx)
             return loss * float("nan") if self.global_step == 2 and self.global_rank == 1 else loss
 
-    module = Poisoned()
-    with pytest.raises(FloatingPointError, match="not finite"):
-        trainer().fit(module)
-    assert all(param.isfinite().all() for param in module.parameters())
+    for options in ({}, {"gradient_clip_val": 1.0}):
+        module = Poisoned()
+        with pytest.raises(FloatingPointError, match="not finite"):
+            trainer(**options).fit(module)
+        assert all(param.isfinite().all() for param in module.parameters())
+
+
+def nan_in_one_parameter_under_clipping():
+    class Poisoned(AwkwardLightningModule):
+        def on_after_backward(self):
+            if self.model.norm.weight.grad[0] != 0:  # where it is owned
+                self.model.norm.weight.grad[0] = float("nan")
+
+    with pytest.raises(FloatingPointError) as caught:
+        trainer(gradient_clip_val=1.0).fit(Poisoned())
+    named = str(caught.value).split(", in ")[1].split(". ")[0]
+    assert named in ("model.norm.weight", "parameters of another process")
 
 
 @pytest.mark.parametrize(
-    "check", [other_optimizer_trainer, other_optimizer_fabric, unrouted_parameter, nan_in_training]
+    "check",
+    [
+        other_optimizer_trainer,
+        other_optimizer_fabric,
+        unrouted_parameter,
+        nan_in_training,
+        nan_in_one_parameter_under_clipping,
+    ],
 )
 def test_every_rank_raises(check):
     run_processes(2, check)

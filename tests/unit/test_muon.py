@@ -184,6 +184,15 @@ def test_zero_gradient_gives_no_nan():
     assert all(torch.equal(param, before[name]) for name, param in model.named_parameters())
 
 
+def test_parameter_without_elements_is_harmless():
+    params = [("empty", nn.Parameter(torch.empty(0, 3))), ("full", nn.Parameter(torch.ones(3, 3)))]
+    optimizer = lm.Muon(params, lr=0.1)
+    for _, param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
 def test_maximize_is_the_mirror():
     model, mirror = awkward_model(), awkward_model()
     up, down = lm.Muon(mirror, lr=0.1, maximize=True), lm.Muon(model, lr=0.1)
