@@ -276,9 +276,10 @@ class Muon(Optimizer):
     def _create_state(self) -> None:
         """State for every trained parameter, with or without a gradient, so that all processes have the same keys."""
         for name, param in self.named_parameters():
-            size = sum(stop - start for start, stop in self.local_ranges(name, param))
-            if self.state[param] or not size:
+            ranges = self.local_ranges(name, param)
+            if self.state[param] or not ranges:
                 continue
+            size = sum(stop - start for start, stop in ranges)
             shape = param.shape if size == param.numel() else torch.Size([size])
             if self.routes[name].algorithm == "muon":
                 dtypes = {"momentum_buffer": state_dtype(param)}

@@ -136,6 +136,8 @@ def _level(element_runs: Sequence[ElementRun], state_bytes: list[int]) -> Iterab
     rank = 0
     for run in divisible:
         start = 0
+        if not run.numel:
+            yield run.parameter, Slice(0, 0, 0)
         while start < run.numel:
             last = rank == len(state_bytes) - 1
             room = max(0.0, level - state_bytes[rank])

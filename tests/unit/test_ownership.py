@@ -27,8 +27,15 @@ def runs(*numels):
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
 def test_every_element_has_exactly_one_owner(world_size):
     stack = [Unit("experts", 10 * e, 10 * (e + 1), 5, 40) for e in range(8)]
-    plan = plan_ownership(random_units(0) + stack, runs(1, 64, 1000, 13), world_size)
-    numels = {u.parameter: u.stop for u in random_units(0)} | {"experts": 80, "v0": 1, "v1": 64, "v2": 1000, "v3": 13}
+    plan = plan_ownership(random_units(0) + stack, runs(1, 64, 1000, 13, 0), world_size)
+    numels = {u.parameter: u.stop for u in random_units(0)} | {
+        "experts": 80,
+        "v0": 1,
+        "v1": 64,
+        "v2": 1000,
+        "v3": 13,
+        "v4": 0,
+    }
     assert plan.slices.keys() == numels.keys()
     for name, slices in plan.slices.items():
         assert slices[0].start == 0
