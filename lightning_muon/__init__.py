@@ -7,6 +7,7 @@ from lightning_muon.orthogonalize import orthogonalize
 from lightning_muon.pytorch import MuonZero1Strategy
 from lightning_muon.pytorch.callbacks import SpectrumMonitor, UpdateRMSMonitor, WeightNormMonitor
 from lightning_muon.routing import Rule, mark
+from lightning_muon.sharding.clipping import grad_norm
 
 __version__ = "0.1.0.dev0"
 
@@ -17,6 +18,7 @@ __all__ = [
     "SpectrumMonitor",
     "UpdateRMSMonitor",
     "WeightNormMonitor",
+    "grad_norm",
     "log_optimizer",
     "mark",
     "orthogonalize",

@@ -31,7 +31,7 @@ def step_adamw(group: Mapping[str, Any], owned: Sequence[OwnedParameter]) -> Non
         gradients,
         states,
         lr=group["lr"],
-        betas=group["betas"],
+        betas=(group["momentum"], group["betas"][1]),  # schedulers that cycle β₁ change "momentum"
         eps=group["eps"],
         weight_decay=group["weight_decay"],
         maximize=group["maximize"],

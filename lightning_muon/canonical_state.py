@@ -15,18 +15,18 @@ __all__ = ["match", "pack", "unpack_"]
 _KEYS = {"muon": frozenset({"momentum_buffer"}), "adamw": frozenset({"exp_avg", "exp_avg_sq", "step"})}
 
 
-def pack(state_dict: dict[str, Any], params: Mapping[str, Tensor], consolidated: NamedState | None) -> dict[str, Any]:
+def pack(state_dict: dict[str, Any], params: Mapping[str, Tensor], consolidated: NamedState) -> dict[str, Any]:
     """torch's ``state_dict()`` with whole tensors, and ``step`` as the tensor that ``torch.optim.AdamW`` saves.
 
     Args:
         state_dict: What ``torch.optim.Optimizer.state_dict`` gave.
         params: The trained parameters by name.
-        consolidated: The whole state, flat, by name; ``None`` if the state in ``state_dict`` is whole.
+        consolidated: The whole state, flat, by name; empty if the state in ``state_dict`` is whole.
     """
     state = {}
     for group in state_dict["param_groups"]:
         for index, name in zip(group["params"], group["param_names"], strict=True):
-            entries = state_dict["state"].get(index, {}) if consolidated is None else consolidated[name]
+            entries = consolidated[name] if consolidated else state_dict["state"].get(index, {})
             shape = params[name].shape
             state[index] = {
                 key: value.view(shape) if isinstance(value, Tensor) and key != "step" else torch.tensor(float(value))
@@ -80,7 +80,8 @@ def match(
             )
         for name, param in zip(group["param_names"], group["params"], strict=True):
             _check_entries(name, param, group["algorithm"], saved[name][1])
-        groups.append({**partner, "params": group["params"], "param_names": group["param_names"]})
+        # an option that the saved run did not know keeps its value of today
+        groups.append({**group, **partner, "params": group["params"], "param_names": group["param_names"]})
     for group in groups:
         group["params"] = list(range(len(group["params"])))
     return groups, {name: entries for name, (_, entries) in saved.items()}

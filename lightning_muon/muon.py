@@ -15,7 +15,7 @@ from lightning_muon.explain import explain
 from lightning_muon.matrices import MatrixLayout
 from lightning_muon.muon_step import UpdateRecord, step_muon
 from lightning_muon.owned import OwnedParameter
-from lightning_muon.param_groups import Router, as_param_groups, check_options
+from lightning_muon.param_groups import Router, as_param_groups, check_options, unique_name
 from lightning_muon.partition import Alone, NamedState, Partition
 from lightning_muon.routing import Route, Rule
 from lightning_muon.updates import state_dtype
@@ -64,6 +64,10 @@ class Muon(Optimizer):
             any state is touched. ``"raise"`` a ``FloatingPointError``; ``"skip"`` the step and count it in
             ``skipped_steps``; ``"propagate"`` saves the check, which waits for the device once a step.
 
+    Attributes:
+        skipped_steps: Steps left out because of ``nonfinite="skip"``.
+        last_grad_norm: The whole gradient's norm before the last clipping by a sharded strategy; ``None`` before.
+
     Raises:
         ValueError: A parameter no rule covers, a rule that matches nothing, or a hyper-parameter out of range.
         TypeError: Parameters without names.
@@ -95,8 +99,10 @@ class Muon(Optimizer):
         self._router = Router(rules, module)
         self._adamw_options = {"lr": lr if adamw_lr is None else adamw_lr, "betas": betas, "eps": eps}
         self._partition: Partition = Alone()
-        self._consolidated: NamedState | None = None
+        # Changed in place only: Lightning's wrapper runs these methods with attributes of its own.
+        self._consolidated: NamedState = {}
         self._update_records: list[UpdateRecord] = []
+        self.last_grad_norm: Tensor | None = None
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -123,14 +129,13 @@ class Muon(Optimizer):
                 "add_param_group() after the strategy has shared the parameters out between processes: the new ones"
                 " would have no owner. Give all parameters before the optimizer is set up."
             )
-        taken = {group["name"] for group in self.param_groups}
-        for group in self._router.split(param_group):
-            name = group["name"]
-            while group["name"] in taken:
-                group["name"] = f"{name}{len(taken)}"
-            taken.add(group["name"])
+        groups, routes = self._router.split(param_group)
+        for group in groups:
             check_options(group, self.defaults, self._adamw_options)
+        for group in groups:
+            group["name"] = unique_name(group["name"], {other["name"] for other in self.param_groups})
             super().add_param_group(group)
+        self._router.routes.update(routes)
 
     # ------------------------------------------------------------------ the step
 
@@ -159,11 +164,17 @@ class Muon(Optimizer):
                 loss = closure()
         self._partition.check_gradients()
         self._create_state()
-        self._consolidated, self._update_records = None, []
+        self._consolidated.clear()
+        self._update_records = []
         if self._may_step():
             self._update_weights()
             self._partition.publish()
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients."""
+        super().zero_grad(set_to_none)
+        self._partition.forget_gradients()
 
     def _owned(self, group: dict[str, Any]) -> Iterator[OwnedParameter]:
         for name, param in zip(group["param_names"], group["params"], strict=True):
@@ -265,11 +276,14 @@ class Muon(Optimizer):
             list(partition.ranges(name, param.numel())) == list(self.local_ranges(name, param))
             for name, param in self.named_parameters()
         )
-        if any(self.state.values()) and not keeps_its_part:
-            raise RuntimeError(
-                "This optimizer has stepped, or loaded a state, before the strategy set it up. Set it up first"
-                " (fabric.setup, Trainer.fit), then load the checkpoint."
-            )
+        if not keeps_its_part:
+            values = [value for state in self.state.values() for value in state.values()]
+            if any(bool(value.any()) if isinstance(value, Tensor) else value for value in values):
+                raise RuntimeError(
+                    "This optimizer has stepped, or loaded a state, before the strategy set it up. Set it up first"
+                    " (fabric.setup, Trainer.fit), then load the checkpoint."
+                )
+            self.state.clear()
         self._partition = partition
         self._create_state()
 
@@ -297,7 +311,8 @@ class Muon(Optimizer):
         self._create_state()
         if self._partition.is_sharded:
             state = {name: self.state[param] for name, param in self.named_parameters() if self.state[param]}
-            self._consolidated = self._partition.consolidate(state, to)
+            self._consolidated.clear()
+            self._consolidated.update(self._partition.consolidate(state, to) or {})
 
     def state_dict(self) -> dict[str, Any]:
         """The canonical state: what a single process would have saved, with ``param_names`` in every group.
@@ -306,7 +321,7 @@ class Muon(Optimizer):
             RuntimeError: Other processes hold a part of it and :meth:`consolidate_state_dict` was not called.
         """
         self._create_state()
-        if self._partition.is_sharded and self._consolidated is None:
+        if self._partition.is_sharded and not self._consolidated:
             raise RuntimeError(
                 "The optimizer's state is spread over several processes. Call consolidate_state_dict() on every one"
                 " of them first, then state_dict() on process 0; fabric.save and the Trainer do this by themselves."
@@ -326,14 +341,14 @@ class Muon(Optimizer):
         self._create_state()
         for name, param in self.named_parameters():
             canonical_state.unpack_(self.state[param], by_name[name], self.local_ranges(name, param))
-        self._consolidated = None
+        self._consolidated.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("nonfinite", "skipped_steps", "_router", "_adamw_options", "_partition")
+        own = ("nonfinite", "skipped_steps", "last_grad_norm", "_router", "_adamw_options", "_partition")
         state: dict[str, Any] = super().__getstate__()
         return {
             **state,
             **{key: getattr(self, key) for key in own},
-            "_consolidated": None,
+            "_consolidated": {},
             "_update_records": [],
         }

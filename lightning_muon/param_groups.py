@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -12,7 +13,7 @@ from lightning_muon.orthogonalize import polynomial_sequence
 from lightning_muon.routing import Candidate, Route, Rule, route
 from lightning_muon.updates import update_scale
 
-__all__ = ["Router", "as_param_groups", "check_options"]
+__all__ = ["Router", "as_param_groups", "check_options", "unique_name"]
 
 
 def as_param_groups(params: nn.Module | Iterable[Any]) -> tuple[list[dict[str, Any]], nn.Module | None]:
@@ -57,15 +58,19 @@ class Router:
             for name, _ in owner.named_parameters(recurse=False):
                 self._owners[canonical_name(f"{prefix}.{name}" if prefix else name)] = owner
 
-    def split(self, group: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def split(self, group: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Route]]:
         """Split a group into one for Muon and one for AdamW, as far as both are needed.
 
         Frozen parameters are left out; a tied parameter stays once, under its first name.
+
+        Returns:
+            The groups, and the decisions on their parameters, which are not yet in ``routes``.
 
         Raises:
             ValueError: A parameter that no rule covers, that is not real, or whose name is taken.
             TypeError: A parameter without a name.
         """
+        routes: dict[str, Route] = {}
         members: dict[str, list[tuple[str, nn.Parameter]]] = {"muon": [], "adamw": []}
         for param, names in _names_of(group["params"]).items():
             self._names.update(names)
@@ -73,16 +78,16 @@ class Router:
                 continue
             if not param.is_floating_point():
                 raise ValueError(f"{names[0]!r} is {param.dtype}; Muon trains real floating-point parameters.")
-            if names[0] in self.routes:
+            if names[0] in routes or names[0] in self.routes:
                 raise ValueError(f"Two parameters are named {names[0]!r}; names must tell them apart.")
             owners = tuple(self._owners[name] for name in names if name in self._owners)
             decision = route(Candidate(tuple(names), param, owners), self.rules, group)
-            self.routes[names[0]] = decision
+            routes[names[0]] = decision
             members[decision.algorithm].append((names[0], param))
         options = {key: value for key, value in group.items() if key not in ("params", *_ROUTING_OPTIONS)}
         name = options.pop("name", None)
         is_mixed = bool(members["muon"] and members["adamw"])
-        return [
+        groups = [
             {
                 **options,
                 "params": pairs,
@@ -92,6 +97,7 @@ class Router:
             for algorithm, pairs in members.items()
             if pairs
         ]
+        return groups, routes
 
     def check_rules(self) -> None:
         """Raise if a rule's pattern is in no parameter's name: a misspelt rule would otherwise be silent."""
@@ -104,7 +110,13 @@ class Router:
                 )
 
 
-_ROUTING_OPTIONS = ("algorithm", "split_sizes", "num_heads")
+_ROUTING_OPTIONS = ("algorithm", "split_sizes", "num_heads", "transposed")
+
+
+def unique_name(name: str, taken: Collection[str]) -> str:
+    """``name``, or ``name2``, ``name3``, … if it is taken: LearningRateMonitor wants names that differ."""
+    candidates = itertools.chain([name], (f"{name}{number}" for number in itertools.count(2)))
+    return next(candidate for candidate in candidates if candidate not in taken)
 
 
 def _names_of(params: Any) -> dict[nn.Parameter, list[str]]:
@@ -133,7 +145,7 @@ def check_options(group: dict[str, Any], defaults: Mapping[str, Any], adamw_opti
             group.setdefault(key, value)
         if adamw_lr is not None:
             group["lr"] = adamw_lr
-        group.setdefault("momentum", group["betas"][0])  # where LearningRateMonitor looks; betas is what counts
+        group["momentum"] = group["betas"][0]  # β₁ under the name that LearningRateMonitor and OneCycleLR know
     known = {"params", "algorithm", "name", *defaults, *adamw_options, "initial_lr"}
     unknown = sorted(set(group) - known)
     if unknown:

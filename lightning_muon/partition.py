@@ -16,7 +16,8 @@ NamedState = dict[str, dict[str, Tensor]]
 class Partition(Protocol):
     """How the elements of the parameters are shared out, and what the processes tell each other in a step.
 
-    Every process calls :meth:`maximum`, :meth:`total`, :meth:`publish` and :meth:`consolidate` in the same order.
+    Every process has the same parameters by name, shape and dtype, in any order, and calls :meth:`maximum`,
+    :meth:`total`, :meth:`publish` and :meth:`consolidate` in the same order.
     """
 
     @property
@@ -36,6 +37,9 @@ class Partition(Protocol):
     @property
     def world_size(self) -> int:
         """How many processes share the work."""
+
+    def forget_gradients(self) -> None:
+        """The gradients of this step have been dropped by the user."""
 
     def maximum(self, values: Tensor) -> Tensor:
         """The element-wise maximum over the processes, in place."""
@@ -64,6 +68,9 @@ class Alone:
 
     def check_gradients(self) -> None:
         """They are where they were computed."""
+
+    def forget_gradients(self) -> None:
+        """Nothing is kept of them."""
 
     def maximum(self, values: Tensor) -> Tensor:
         """Nobody to ask."""

@@ -26,12 +26,15 @@ class Rule:
         algorithm: ``"muon"`` or ``"adamw"``.
         split_sizes: Sizes of the matrices fused along the output features, for example ``(q, k, v)``.
         num_heads: Heads per block, to orthogonalise each head by itself; one number, or one per block.
+        transposed: The parameter is stored ``(in, out)``, not ``(out, in)`` as ``torch.nn.Linear`` does. Known by
+            itself for transposed convolutions and GPT-2's Conv1D.
     """
 
     pattern: str
     algorithm: Algorithm = "muon"
     split_sizes: Sequence[int] | None = None
     num_heads: int | Sequence[int] | None = None
+    transposed: bool = False
 
     def __post_init__(self) -> None:
         re.compile(self.pattern)
@@ -87,19 +90,24 @@ def mark(
     *,
     split_sizes: Sequence[int] | None = None,
     num_heads: int | Sequence[int] | None = None,
+    transposed: bool = False,
 ) -> nn.Parameter:
     """Tell Muon about a parameter where the model is written. ``copy.deepcopy`` of a parameter drops the mark.
 
     Args:
         param: The parameter.
         algorithm: ``"muon"`` or ``"adamw"``.
-        split_sizes: See :class:`Rule`.
-        num_heads: See :class:`Rule`.
+        split_sizes, num_heads, transposed: See :class:`Rule`.
 
     Returns:
         ``param``, marked.
     """
-    options = {"algorithm": algorithm, "split_sizes": split_sizes, "num_heads": num_heads}
+    options = {
+        "algorithm": algorithm,
+        "split_sizes": split_sizes,
+        "num_heads": num_heads,
+        "transposed": transposed,
+    }
     _check_algorithm(algorithm)
     setattr(param, _MARK, options)
     return param
@@ -126,7 +134,7 @@ def _decide(candidate: Candidate, rules: Iterable[Rule], group: Mapping[str, Any
     for rule in rules:
         if rule.matches(candidate.names):
             return _as_told(candidate, f"rule {rule.pattern!r}", vars(rule))
-    if group.get("split_sizes") or group.get("num_heads"):
+    if group.get("split_sizes") or group.get("num_heads") or group.get("transposed"):
         return _as_told(candidate, "group option", {**group, "algorithm": "muon"})
     for built_in in _BUILT_IN:
         decision = built_in(candidate)
@@ -150,7 +158,13 @@ def _as_told(candidate: Candidate, rule: str, options: Mapping[str, Any]) -> Rou
     if algorithm == "adamw":
         return Route("adamw", rule)
     try:
-        return _muon(candidate, rule, split_sizes=options.get("split_sizes"), num_heads=options.get("num_heads"))
+        return _muon(
+            candidate,
+            rule,
+            split_sizes=options.get("split_sizes"),
+            num_heads=options.get("num_heads"),
+            transposed=options.get("transposed", False),
+        )
     except ValueError as error:
         raise ValueError(f"{candidate.names[0]!r} of shape {tuple(candidate.param.shape)}: {error}") from None
 
@@ -161,6 +175,7 @@ def _muon(
     *,
     split_sizes: Sequence[int] | None = None,
     num_heads: int | Sequence[int] | None = None,
+    transposed: bool = False,
 ) -> Route:
     """Muon with the reading that the parameter's module and shape suggest."""
     shape = candidate.param.shape
@@ -183,7 +198,7 @@ def _muon(
         cols,
         split_sizes=split_sizes,
         num_heads=num_heads,
-        transposed=_is_transposed(candidate) or bool(convolution and convolution.transposed),
+        transposed=transposed or _is_transposed(candidate) or bool(convolution and convolution.transposed),
     )
     return Route("muon", rule, layout)
 
@@ -202,13 +217,19 @@ _FUSED_GATE_UP_NAMES = frozenset({"gate_up_proj", "w13"})
 
 
 def _embedding(candidate: Candidate) -> Route | None:
-    by_module = candidate.owned_by(nn.Embedding, nn.EmbeddingBag)
-    by_name = any(_EMBEDDING_NAME.search(name) for name in candidate.names)
-    return Route("adamw", "embedding") if by_module or by_name else None
+    if candidate.owned_by(nn.Embedding, nn.EmbeddingBag):
+        return Route("adamw", "embedding")
+    if candidate.owned_by(nn.Linear, nn.modules.conv._ConvNd):
+        return None  # a projection, whatever it is called
+    # the parameter itself (pos_embed) or its module (embed_tokens.weight), where no type tells
+    ends = (".".join(name.split(".")[-2:]) for name in candidate.names)
+    return Route("adamw", "embedding") if any(_EMBEDDING_NAME.search(end) for end in ends) else None
 
 
 def _output_head(candidate: Candidate) -> Route | None:
-    return Route("adamw", "output head") if candidate.in_module_named(_HEAD_NAMES) else None
+    in_a_block = any(part.isdigit() for name in candidate.names for part in name.split("."))
+    is_head = candidate.in_module_named(_HEAD_NAMES) and not in_a_block  # layers.3.attention.output is none
+    return Route("adamw", "output head") if is_head else None
 
 
 def _vector(candidate: Candidate) -> Route | None:

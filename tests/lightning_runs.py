@@ -63,6 +63,7 @@ class AwkwardLightningModule(L.LightningModule):
         self.batches = token_batches(num_steps, GLOBAL_BATCH)
         self.muon_options = {"lr": 1e-2, "adamw_lr": 5e-3, "orthogonalization_dtype": torch.float32, **muon_options}
         self.norms = []
+        self.replica_difference = 0.0
 
     def forward(self, tokens):
         return self.model(tokens)
@@ -86,9 +87,9 @@ class AwkwardLightningModule(L.LightningModule):
         return self.model(self.batches[0]).argmax(-1)
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
-        strategy = self.trainer.strategy
-        if getattr(strategy, "last_grad_norm", None) is not None:
-            self.norms.append(strategy.last_grad_norm.item())
+        if self.trainer.optimizers[0].last_grad_norm is not None:
+            self.norms.append(self.trainer.optimizers[0].last_grad_norm.item())
+        self.replica_difference = max(self.replica_difference, replica_difference(self))
 
     def configure_optimizers(self):
         if self.optimizer_class is not None:
@@ -129,6 +130,16 @@ def weights(module):
     return {name: param.detach().float().clone() for name, param in module.named_parameters()}
 
 
+def replica_difference(module):
+    """The largest difference of any weight to rank 0's; called by all ranks."""
+    if not dist.is_initialized():
+        return 0.0
+    flat = torch.cat([param.detach().float().reshape(-1) for param in module.parameters()])
+    first = flat.clone()
+    dist.broadcast(first, 0)
+    return (flat - first).abs().max().item()
+
+
 def fit(max_steps=20, save_to=None, resume_from=None, module_options=None, **trainer_options):
     """Fit through the Trainer; returns the weights, the clipping norms, the gathered state bytes."""
     module = AwkwardLightningModule(**(module_options or {}))
@@ -136,6 +147,7 @@ def fit(max_steps=20, save_to=None, resume_from=None, module_options=None, **tra
     run.fit(module, ckpt_path=resume_from, weights_only=True if resume_from else None)
     if save_to is not None:
         run.save_checkpoint(save_to)
+    assert module.replica_difference == 0, "replicas differ after some step"
     return weights(module), module.norms, run.optimizers[0].local_state_bytes()
 
 
@@ -162,6 +174,7 @@ def fabric_fit(
             norms.append(fabric.clip_gradients(module, optimizer, max_norm=max_norm).item())
         optimizer.step()
         optimizer.zero_grad()
+        assert replica_difference(bare) == 0, f"replicas differ after step {step}"
         if save_to is not None and step == max_steps:
             fabric.save(save_to, {"module": module, "optimizer": optimizer, "step": step})
     return weights(bare), norms, optimizer.optimizer.local_state_bytes()

@@ -45,7 +45,7 @@ def log_optimizer(
         TypeError: The optimizer is not :class:`lightning_muon.Muon`.
     """
     bare = getattr(optimizer, "optimizer", optimizer)  # Fabric wraps it
-    values = collect(require_muon(bare, "log_optimizer"), [Request(families, include, exclude, mode)]).values
+    values = collect([require_muon(bare, "log_optimizer")], [Request(families, include, exclude, mode)]).values
     if isinstance(fabric_or_logger, Fabric):
         fabric_or_logger.log_dict(values, step=step)
     else:

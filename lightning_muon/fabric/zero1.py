@@ -73,7 +73,11 @@ class MuonZero1Strategy(DDPStrategy):
         norm_type: float | int = 2.0,
         error_if_nonfinite: bool = True,
     ) -> Tensor:
-        """Clip by the norm of the whole gradient of the optimizer's parameters; returns that norm, on every rank."""
+        """Clip by the norm of the whole gradient of the optimizer's parameters; returns that norm, on every rank.
+
+        Fabric's default ``error_if_nonfinite=True`` raises before the optimizer's own policy (``nonfinite="skip"``)
+        can act; pass ``False`` to leave it the decision.
+        """
         self.precision.unscale_gradients(optimizer)
         muon = require_muon(optimizer, f"fabric.{type(self).__name__}")
         return clip_grad_norm_(muon, float(max_norm), float(norm_type), error_if_nonfinite)
@@ -89,3 +93,8 @@ class MuonZero1Strategy(DDPStrategy):
                 description=f"Muon, sharded by whole matrices (ZeRO-1), processes started by {start_method}",
                 start_method=start_method,
             )
+        register(
+            "muon_zero1_find_unused_parameters_true",
+            description="muon_zero1 for models with parameters that some backward passes do not reach",
+            find_unused_parameters=True,
+        )

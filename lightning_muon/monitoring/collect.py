@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,12 +11,20 @@ import torch
 from torch import Tensor
 
 from lightning_muon.monitoring.measures import rms, spectral_norm, stable_rank, svd_entropy
-from lightning_muon.monitoring.sources import Measured, update_squares, weight_singular_values, weight_squares
+from lightning_muon.monitoring.sources import (
+    Measured,
+    measured_parameters,
+    update_squares,
+    weight_singular_values,
+    weight_squares,
+)
 from lightning_muon.muon import Muon
 
 __all__ = ["FAMILIES", "Collection", "Request", "collect"]
 
 Mode = Literal["brief", "detailed"]
+_Source = Callable[[Muon, Sequence[Measured]], list[Tensor]]
+_Values = tuple[float, list[float]]
 
 
 @dataclass(frozen=True)
@@ -66,33 +74,41 @@ class Collection:
 
 
 @torch.no_grad()
-def collect(optimizer: Muon, requests: Sequence[Request]) -> Collection:
+def collect(
+    optimizers: Sequence[Muon], requests: Sequence[Request], names: Mapping[Tensor, str] | None = None
+) -> Collection:
     """Measure, after a step. Every process must call it with the same requests; each computes its share.
 
     Weights are whole on every process, so their spectra are dealt out matrix by matrix; the size of an update is
-    known to the matrix's owner. One sum over the processes brings all of it together, and one copy to the host.
+    known to the matrix's owner. One sum over the processes brings all of it together, and one copy to the host; a
+    sum for each optimizer, where there are several.
 
     Args:
-        optimizer: The optimizer.
+        optimizers: The optimizers.
         requests: What is wanted.
+        names: What to call a parameter, where that is not its name in its optimizer.
     """
     collection = Collection()
-    wanted = [
-        Measured(name, param, group, optimizer.routes[name].layout)
-        for group in optimizer.param_groups
-        for name, param in zip(group["param_names"], group["params"], strict=True)
-        if any(request.wants(name) for request in requests)
-    ]
     sources = list(dict.fromkeys(FAMILIES[family].source for request in requests for family in request.families))
-    parts = [vector for source in sources for vector in source(optimizer, wanted)]
-    if not parts:
-        return collection
-    total = optimizer.partition.total(torch.cat(parts)).cpu()
-    found = iter(torch.split(total, [part.numel() for part in parts]))
-    results = {source: [next(found) for _ in wanted] for source in sources}
+    measured: list[Measured] = []
+    results: dict[_Source, list[Tensor]] = {source: [] for source in sources}
+    for optimizer in optimizers:
+        wanted = [
+            one for one in measured_parameters(optimizer, names or {}) if any(r.wants(one.name) for r in requests)
+        ]
+        parts = [vector for source in sources for vector in source(optimizer, wanted)]
+        if parts:
+            total = optimizer.partition.total(torch.cat(parts)).cpu()
+            found = iter(torch.split(total, [part.numel() for part in parts]))
+            for source in sources:
+                results[source] += [next(found) for _ in wanted]
+            measured += wanted
     for request in requests:
         for family in request.families:
-            _fill(collection, request, family, wanted, results[FAMILIES[family].source])
+            _fill(collection, request, family, measured, results[FAMILIES[family].source])
+    norms = [optimizer.last_grad_norm for optimizer in optimizers if optimizer.last_grad_norm is not None]
+    if norms:
+        collection.values["muon/grad_norm"] = torch.linalg.vector_norm(torch.stack(norms)).item()
     return collection
 
 
@@ -122,12 +138,10 @@ def _fill(
 
 # A family is what is logged of a source: the parameter's own value, and that of every matrix where it is known.
 
-_Values = tuple[float, list[float]]
-
 
 @dataclass(frozen=True)
 class _Family:
-    source: Callable[[Muon, Sequence[Measured]], list[Tensor]]
+    source: _Source
     summarize: Callable[[Measured, Tensor], _Values]
 
 

@@ -6,7 +6,7 @@ with its part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +17,15 @@ from lightning_muon.matrices import MatrixLayout
 from lightning_muon.monitoring.measures import singular_values
 from lightning_muon.muon import Muon
 
-__all__ = ["Measured", "update_squares", "weight_singular_values", "weight_squares"]
+__all__ = ["Measured", "measured_parameters", "update_squares", "weight_singular_values", "weight_squares"]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A parameter, as the measures see it."""
+    """A parameter, as the measures see it: its name in the logs, and the key of its matrices in the optimizer."""
 
     name: str
+    key: str
     param: Tensor
     group: dict[str, Any]
     layout: MatrixLayout | None
@@ -51,6 +52,16 @@ class Measured:
         return [view for block in self.layout.blocks() for view in block.views(flat)]
 
 
+def measured_parameters(optimizer: Muon, names: Mapping[Tensor, str]) -> list[Measured]:
+    """All parameters, ordered by name as on every other process; ``names`` says what to call them in the logs."""
+    measured = [
+        Measured(names.get(param, key), key, param, group, optimizer.routes[key].layout)
+        for group in optimizer.param_groups
+        for key, param in zip(group["param_names"], group["params"], strict=True)
+    ]
+    return sorted(measured, key=lambda one: one.key)
+
+
 def update_squares(optimizer: Muon, wanted: Sequence[Measured]) -> list[Tensor]:
     """``Σ update²`` of the last step, before decay and learning rate: per matrix for Muon, per parameter for AdamW."""
     squares = {
@@ -64,8 +75,8 @@ def update_squares(optimizer: Muon, wanted: Sequence[Measured]) -> list[Tensor]:
             count = len(measured.numels)
             vector = _zeros(measured, count)
             for number in range(count):
-                if (measured.name, number) in squares:
-                    vector[number] = squares[measured.name, number]
+                if (measured.key, number) in squares:
+                    vector[number] = squares[measured.key, number]
         else:
             vector = _zeros(measured, 1) + _adamw_update_squares(optimizer, measured)
         vectors.append(vector)
@@ -78,7 +89,7 @@ def _adamw_update_squares(optimizer: Muon, measured: Measured) -> Tensor | float
     step = float(state.get("step", 0))
     if not step:
         return 0.0
-    beta1, beta2 = measured.group["betas"]
+    beta1, beta2 = measured.group["momentum"], measured.group["betas"][1]
     mean = state["exp_avg"].double() / (1 - beta1**step)
     root = (state["exp_avg_sq"].double() / (1 - beta2**step)).sqrt()
     update: Tensor = mean / (root + measured.group["eps"])

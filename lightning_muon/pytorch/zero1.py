@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities import rank_zero_info
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
@@ -35,9 +36,6 @@ class MuonZero1Strategy(DDPStrategy):
         **kwargs: Those of :class:`lightning.pytorch.strategies.DDPStrategy`, without its communication hooks and
             model averaging.
 
-    Attributes:
-        last_grad_norm: The gradient's norm before the last clipping by norm; ``None`` before the first.
-
     Raises:
         ValueError: A DDP communication hook or model averaging was asked for.
     """
@@ -52,7 +50,6 @@ class MuonZero1Strategy(DDPStrategy):
                 )
         super().__init__(**kwargs)
         self._zero1: Zero1 | None = None
-        self.last_grad_norm: Tensor | None = None
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
@@ -88,7 +85,8 @@ class MuonZero1Strategy(DDPStrategy):
             self._zero1.after_backward()
 
     def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
-        self.last_grad_norm = clip_grad_norm_(require_muon(optimizer, type(self).__name__), clip_val)
+        bare = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        clip_grad_norm_(require_muon(bare, type(self).__name__), clip_val)
 
     @override
     def teardown(self) -> None:

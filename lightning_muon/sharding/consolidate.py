@@ -18,6 +18,7 @@ def consolidate(
     state: Mapping[str, Mapping[str, Tensor]],
     slices: Mapping[str, tuple[Slice, ...]],
     to: int,
+    device: torch.device,
     group: dist.ProcessGroup | None = None,
 ) -> NamedState | None:
     """Assemble the whole state on the process ``to``, flat and in CPU memory. Every process must call it.
@@ -29,13 +30,15 @@ def consolidate(
         state: This rank's packed state of the parameters of which it owns something, by name.
         slices: The owners of all parameters.
         to: The rank (within ``group``) that gets everything.
+        device: Where the group communicates.
         group: The process group; ``None`` is the default one.
     """
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     own = _numbers(state)
     layout = _kinds(state)
     packed = {
-        kind: torch.cat([state[name][key].reshape(-1) for name, key in members]) for kind, members in layout.items()
+        kind: torch.cat([state[name][key].reshape(-1) for name, key in members]).to(device)
+        for kind, members in layout.items()
     }
     gathered: list[tuple[dict[str, dict[str, float]], dict[tuple[str, torch.dtype], list[tuple[str, str]]]]] | None
     gathered = [({}, {})] * world_size if rank == to else None
@@ -44,7 +47,6 @@ def consolidate(
         for kind in layout:
             dist.send(packed[kind], _global_rank(group, to), group=group)
         return None
-    device = next(iter(packed.values())).device if packed else torch.device("cpu")
     whole: NamedState = {}
     for source, (numbers, kinds) in enumerate(gathered):
         for name, entries in numbers.items():

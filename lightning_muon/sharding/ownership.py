@@ -82,7 +82,7 @@ class OwnershipPlan:
         )
 
     def digest(self) -> str:
-        """A hash that is equal on two ranks only if their plans are."""
+        """A hash that is equal on two ranks only if their plans are, wherever their parameters stand."""
         return hashlib.sha256(repr((self.world_size, sorted(self.slices.items()))).encode()).hexdigest()
 
 
@@ -95,13 +95,17 @@ def plan_ownership(units: Iterable[Unit], element_runs: Iterable[ElementRun], wo
 
     Args:
         units: Pieces of Muon parameters.
-        element_runs: Element-wise parameters, in the order in which they are to be cut.
+        element_runs: Element-wise parameters.
         world_size: Number of ranks.
+
+    Returns:
+        The plan; it does not depend on the order of ``units`` and ``element_runs``.
     """
-    units, element_runs = list(units), list(element_runs)
+    units = sorted(units, key=lambda unit: (unit.parameter, unit.start))
+    element_runs = sorted(element_runs, key=lambda run: run.parameter)
     flops, state_bytes = [0] * world_size, [0] * world_size
     owners: dict[Unit, int] = {}
-    for unit in sorted(units, key=lambda u: (-u.flops, -u.state_bytes, u.parameter, u.start)):
+    for unit in sorted(units, key=lambda u: (-u.flops, -u.state_bytes)):  # stable: then by name
         rank = min(range(world_size), key=lambda r: (flops[r], state_bytes[r], r))
         owners[unit] = rank
         flops[rank] += unit.flops

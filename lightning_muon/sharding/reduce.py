@@ -49,14 +49,18 @@ class GradientReducer:
         self._slices: dict[nn.Parameter, tuple[Slice, ...]] = {}
         self._layouts: dict[tuple[int, ...], _BucketLayout] = {}
         self._modules: list[DistributedDataParallel] = []
+        self._module_of: dict[nn.Parameter, DistributedDataParallel] = {}
+        self._modules_checked = 0
+        # Parameters whose gradient is an average by now; averages set aside during another backward; modules whose
+        # last backward left its gradients where they were computed.
         self._reduced: set[nn.Parameter] = set()
         self._set_aside: dict[nn.Parameter, list[Tensor]] = {}
-        self._is_complete = True
-        self._modules_checked = 0
+        self._incomplete: set[DistributedDataParallel] = set()
 
     def attach(self, module: DistributedDataParallel) -> None:
         """Reduce this module's gradients; before its first backward."""
         self._modules.append(module)
+        self._module_of.update(dict.fromkeys(module.parameters(), module))
         module.register_comm_hook(None, self._hook)
 
     def assign(self, slices: Mapping[nn.Parameter, tuple[Slice, ...]]) -> None:
@@ -70,6 +74,7 @@ class GradientReducer:
         ``no_backward_sync``.
         """
         self._check_owners()
+        self._set_aside = {param: runs for param, runs in self._set_aside.items() if param.grad is not None}
         for param in self._reduced:
             if param.grad is None:
                 continue
@@ -81,21 +86,28 @@ class GradientReducer:
         self._reduced.clear()
 
     def after_backward(self) -> None:
-        """Join what :meth:`before_backward` has set aside, if this backward was a synchronised one."""
-        self._is_complete = all(module.require_backward_grad_sync for module in self._modules)
-        if not self._is_complete:
-            return
-        for param, runs in self._set_aside.items():
+        """Join what :meth:`before_backward` has set aside, except for modules that still accumulate locally."""
+        averaged = {self._module_of[param] for param in self._reduced}
+        self._incomplete -= averaged
+        self._incomplete |= {module for module in self._modules if not module.require_backward_grad_sync}
+        for param in list(self._set_aside):
+            if not self._module_of[param].require_backward_grad_sync:
+                continue
             if param.grad is None:
                 param.grad = torch.zeros_like(param)
-            for own, aside in zip(self._own_runs(param, param.grad), runs, strict=True):
+            for own, aside in zip(self._own_runs(param, param.grad), self._set_aside.pop(param), strict=True):
                 own.add_(aside)
             self._reduced.add(param)
-        self._set_aside.clear()
 
-    def check_complete(self) -> None:
-        """Raise if the last backward left its gradients on the ranks that computed them."""
-        if not self._is_complete and self.world_size > 1:
+    def forget(self, params: Iterable[nn.Parameter]) -> None:
+        """The user has dropped these gradients."""
+        for param in params:
+            self._reduced.discard(param)
+            self._set_aside.pop(param, None)
+
+    def check_complete(self, params: Iterable[nn.Parameter]) -> None:
+        """Raise if the last backward of one of these parameters left its gradient on the ranks that computed it."""
+        if self.world_size > 1 and any(self._module_of.get(param) in self._incomplete for param in params):
             raise RuntimeError(
                 "optimizer.step() on gradients that were not synchronised: the last backward before it ran under"
                 " no_backward_sync (or no_sync). Leave the last micro-batch of each step out of it."
@@ -122,6 +134,12 @@ class GradientReducer:
     def _hook(self, state, bucket):  # type: ignore[no-untyped-def]
         buffer: Tensor = bucket.buffer()
         params: list[nn.Parameter] = bucket.parameters()
+        if not self._reduced.isdisjoint(params):
+            raise RuntimeError(
+                "A second backward before optimizer.zero_grad() would mix averaged and local gradients, because the"
+                " strategy was not told of it. Call fabric.backward(loss) or self.manual_backward(loss), not"
+                " loss.backward(); and optimizer.zero_grad(), not model.zero_grad()."
+            )
         self._reduced.update(params)
         if self.world_size == 1:
             future: torch.futures.Future[Tensor] = torch.futures.Future()

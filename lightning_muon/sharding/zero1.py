@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch.distributed as dist
@@ -90,18 +91,24 @@ class Zero1Partition:
             name: [(piece.start, piece.stop) for piece in slices if piece.owner == reducer.rank]
             for name, slices in self.plan.slices.items()
         }
-        by_param = {param: self.plan.slices[name] for name, param in optimizer.named_parameters()}
-        self._check_equal_on_all_ranks()
-        self._publisher = WeightPublisher(by_param, reducer.group)
-        reducer.assign(by_param)
+        # Ordered by name: the order of an optimizer's parameters may differ between ranks (a set in the user's code).
+        named = sorted(optimizer.named_parameters(), key=lambda pair: pair[0])
+        self._params = {param: self.plan.slices[name] for name, param in named}
+        self._device = named[0][1].device  # Trainer.fit moves the state to the CPU at its end; NCCL stays where it was
+        kinds = [(name, param.dtype, tuple(param.shape)) for name, param in named]
+        self._check_equal_on_all_ranks(f"{self.plan.digest()} {kinds} nonfinite={optimizer.nonfinite}")
+        self._publisher = WeightPublisher(self._params, reducer.group)
+        reducer.assign(self._params)
 
-    def _check_equal_on_all_ranks(self) -> None:
-        digests: list[str | None] = [None] * self.reducer.world_size
-        dist.all_gather_object(digests, self.plan.digest(), group=self.reducer.group)
+    def _check_equal_on_all_ranks(self, facts: str) -> None:
+        digests: list[str | None] = [None] * self.world_size
+        digest = hashlib.sha256(facts.encode()).hexdigest()[:12]
+        dist.all_gather_object(digests, digest, group=self.reducer.group)
         if len(set(digests)) > 1:
             raise RuntimeError(
-                "The processes disagree about who owns which parameter, so they do not train the same model:"
-                f" {digests}. Build the model and the optimizer in the same way on every rank."
+                "The processes disagree about the parameters (names, shapes, dtypes), who owns them, or the policy"
+                f" `nonfinite`; hashes by rank: {digests}. Build the model and the optimizer in the same way on"
+                " every rank."
             )
 
     def ranges(self, name: str, numel: int) -> Sequence[Range]:
@@ -110,7 +117,11 @@ class Zero1Partition:
 
     def check_gradients(self) -> None:
         """Raise if the gradients have not been brought to their owners."""
-        self.reducer.check_complete()
+        self.reducer.check_complete(self._params)
+
+    def forget_gradients(self) -> None:
+        """Nothing of this step's gradients is to come back."""
+        self.reducer.forget(self._params)
 
     def maximum(self, values: Tensor) -> Tensor:
         """The element-wise maximum over the ranks, in place."""
@@ -128,7 +139,7 @@ class Zero1Partition:
 
     def consolidate(self, state: Mapping[str, Mapping[str, Tensor]], to: int) -> NamedState | None:
         """Bring everybody's state to one rank."""
-        return consolidate(state, self.plan.slices, to, self.reducer.group)
+        return consolidate(state, self.plan.slices, to, self._device, self.reducer.group)
 
 
 class Zero1:

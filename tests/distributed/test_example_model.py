@@ -1,14 +1,17 @@
 """The acceptance of the sharding on the example's mixture of experts."""
 
+import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 import lightning_muon as lm
 from examples.moe_lm.config import ModelConfig
 from examples.moe_lm.model import MoELM, next_token_nll
 from lightning_muon.sharding.zero1 import Zero1, ownership_plan
+from tests.lightning_runs import PoolEnvironment, trainer
 from tests.processes import run_processes
 from tests.references import relative_error
 
@@ -92,6 +95,64 @@ def test_twenty_steps_equal_one_process(world_size):
         assert relative_error(results[0][0][name], weight) <= 1e-5, name
         assert all(torch.equal(result[0][name], results[0][0][name]) for result in results), name
     assert sum(result[1] for result in results) == state_bytes
+
+
+class ByStep(PinnedRouting):
+    """The whole LightningModule of the example, balancing included, on this rank's share of the global batch."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__()
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(share(batch, self.trainer.world_size, self.global_rank), batch_idx)
+
+    def train_dataloader(self):
+        return DataLoader(global_batches(), batch_size=None)
+
+
+def global_batches():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 257, (12, 13), generator=generator) for _ in range(STEPS)]
+
+
+def share(windows, world_size, rank):
+    return windows.chunk(world_size)[rank]
+
+
+def through_trainer(strategy):
+    module = ByStep()
+    run = trainer(STEPS, strategy=strategy, gradient_clip_val=1.0)
+    run.fit(module)
+    return {name: p.detach().clone() for name, p in module.state_dict().items()}
+
+
+def through_fabric(strategy):
+    fabric = L.Fabric(accelerator="cpu", devices=dist.get_world_size(), strategy=strategy, plugins=[PoolEnvironment()])
+    fabric.launch()
+    module = ByStep()
+    model, optimizer = fabric.setup(module, module.make_optimizer())
+    scheduler = module.make_scheduler(optimizer, STEPS)
+    model.train()
+    for windows in global_batches():
+        mine = share(windows, fabric.world_size, fabric.global_rank)
+        fabric.backward(next_token_nll(model(mine[:, :-1]), mine[:, 1:]).mean())
+        fabric.clip_gradients(model, optimizer, max_norm=1.0)
+        module.balance_experts()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    return {name: p.detach().clone() for name, p in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("run", [through_trainer, through_fabric])
+def test_trainer_and_fabric_equal_one_process(run, world_size):
+    (expected,) = run_processes(1, through_trainer, "auto")
+    results = run_processes(world_size, run, "muon_zero1")
+    for name, value in expected.items():
+        assert relative_error(results[0][name], value) <= 1e-5 or torch.equal(results[0][name], value), name
+        assert all(torch.equal(result[name], results[0][name]) for result in results), name
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4, 8])

@@ -7,6 +7,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lightning_muon as lm
+from examples.moe_lm.config import ModelConfig
+from examples.moe_lm.model import MoELM
 from lightning_muon.sharding.zero1 import Zero1
 from tests.models import awkward_model
 from tests.processes import run_processes
@@ -158,16 +160,164 @@ def ranks_that_disagree():
         Zero1("test").adopt([lm.Muon(model)])
 
 
+class _Named(nn.Module):
+    """Parameters in the order in which they are given."""
+
+    def __init__(self, names):
+        super().__init__()
+        for name in names:
+            generator = torch.Generator().manual_seed(len(name))
+            setattr(self, name, nn.Parameter(torch.randn(5, 6, generator=generator)))
+
+    def forward(self, x):
+        return sum((getattr(self, name) * x).square().sum() for name in sorted(vars(self)["_parameters"]))
+
+
+def parameters_in_another_order():
+    """As if from a set of names, whose order differs from process to process."""
+    names = ["a", "bb", "ccc", "dddd", "eeeee"]
+    model = _Named(names)
+    wrapped = DistributedDataParallel(model)
+    pairs = list(model.named_parameters())
+    optimizer = lm.Muon(pairs if dist.get_rank() == 0 else pairs[::-1], lr=0.1)
+    zero1 = Zero1("test")
+    zero1.attach(wrapped)
+    zero1.adopt([optimizer])
+    single = _Named(names)
+    reference = lm.Muon(single, lr=0.1)
+    for step in range(3):
+        x = torch.randn(5, 6, generator=torch.Generator().manual_seed(step))
+        for module, opt in ((wrapped, optimizer), (single, reference)):
+            opt.zero_grad()
+            if module is wrapped:
+                zero1.before_backward()
+            module(x).backward()
+            if module is wrapped:
+                zero1.after_backward()
+            opt.step()
+    optimizer.consolidate_state_dict()
+    for name, param in single.named_parameters():
+        torch.testing.assert_close(getattr(model, name).detach(), param.detach(), rtol=1e-5, atol=1e-6)
+    if dist.get_rank() == 0:
+        reference.load_state_dict(optimizer.state_dict())
+
+
+def policies_that_disagree():
+    with pytest.raises(RuntimeError, match="policy `nonfinite`"):
+        Zero1("test").adopt([lm.Muon(nn.Linear(3, 3), nonfinite="raise" if dist.get_rank() else "skip")])
+
+
+def sharded_pair():
+    """Two modules with an optimizer each, under one reducer."""
+    zero1, found = Zero1("test"), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        module = DistributedDataParallel(nn.Linear(4, 4))
+        optimizer = lm.Muon(module.module, lr=0.1)
+        zero1.attach(module)
+        zero1.adopt([optimizer])
+        found.append((module, optimizer))
+    return zero1, found
+
+
+def backward(zero1, module, scale=1.0):
+    zero1.before_backward()
+    (module(torch.eye(4) * (1 + dist.get_rank())).square().sum() * scale).backward()
+    zero1.after_backward()
+
+
+def completeness_is_per_module():
+    zero1, ((a, opt_a), (b, opt_b)) = sharded_pair()
+    with b.no_sync():
+        backward(zero1, b)
+    backward(zero1, a)
+    opt_a.step()  # complete
+    with pytest.raises(RuntimeError, match="not synchronised"):
+        opt_b.step()
+    backward(zero1, b)
+    opt_b.step()
+    with a.no_sync():
+        backward(zero1, a)
+    opt_b.step()
+
+
+def gradients_of_another_module_stay():
+    zero1, ((a, opt_a), (b, _)) = sharded_pair()
+    backward(zero1, a)
+    before = lm.grad_norm(opt_a)
+    backward(zero1, b)
+    torch.testing.assert_close(lm.grad_norm(opt_a), before)
+    backward(zero1, a)
+    torch.testing.assert_close(lm.grad_norm(opt_a), 2 * before)
+
+
+def dropped_gradients_stay_dropped():
+    for set_to_none in (True, False):
+        zero1, ((a, opt_a), _) = sharded_pair()
+        backward(zero1, a)
+        expected = lm.grad_norm(opt_a)
+        with a.no_sync():
+            backward(zero1, a)
+        opt_a.zero_grad(set_to_none)
+        backward(zero1, a)
+        torch.testing.assert_close(lm.grad_norm(opt_a), expected)
+
+
+def raw_backward_twice():
+    zero1, ((a, opt_a), _) = sharded_pair()
+    zero1.before_backward()
+    a(torch.eye(4)).sum().backward()
+    opt_a.step()
+    opt_a.zero_grad()
+    a(torch.eye(4)).sum().backward()  # once a step is right
+    with pytest.raises(RuntimeError, match=r"Call fabric\.backward"):
+        a(torch.eye(4)).sum().backward()
+
+
 def already_stepped():
     model = nn.Linear(4, 4)
     optimizer = lm.Muon(model)
+    optimizer.state_dict()
+    Zero1("test").adopt([optimizer])  # state that holds nothing yet is no obstacle
+    optimizer = lm.Muon(model)
+    model(torch.eye(4)).sum().backward()
     optimizer.step()
     with pytest.raises(RuntimeError, match="before the strategy set it up"):
         Zero1("test").adopt([optimizer])
 
 
 @pytest.mark.parametrize(
-    "check", [step_without_synchronised_gradients, parameter_without_optimizer, ranks_that_disagree, already_stepped]
+    "check",
+    [
+        step_without_synchronised_gradients,
+        parameter_without_optimizer,
+        ranks_that_disagree,
+        policies_that_disagree,
+        already_stepped,
+        raw_backward_twice,
+        completeness_is_per_module,
+    ],
 )
 def test_misuse_is_an_error_on_every_rank(check):
     run_processes(2, check)
+
+
+@pytest.mark.parametrize(
+    "check", [parameters_in_another_order, gradients_of_another_module_stay, dropped_gradients_stay_dropped]
+)
+def test_right_however_it_is_used(check):
+    run_processes(2, check)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_state_of_real_ranks_is_balanced(world_size):
+    held = run_processes(world_size, example_state_bytes)
+    assert max(held) <= 1.15 * sum(held) / world_size
+    assert sum(held) == lm.Muon(MoELM(ModelConfig())).local_state_bytes()
+
+
+def example_state_bytes():
+    model = MoELM(ModelConfig())
+    zero1, optimizer = Zero1("test"), lm.Muon(model)
+    zero1.adopt([optimizer])
+    return optimizer.local_state_bytes()

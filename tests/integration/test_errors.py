@@ -1,6 +1,8 @@
 """What a user gets wrong is said in words, before anything is lost."""
 
 import lightning as L
+import lightning.fabric.plugins.precision as fabric_precision
+import lightning.pytorch.plugins.precision as pl_precision
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -73,6 +75,19 @@ def nan_in_one_parameter_under_clipping():
     assert named in ("model.norm.weight", "parameters of another process")
 
 
+def loss_scaling():
+    scaler = torch.amp.GradScaler("cpu")
+    plugin = pl_precision.MixedPrecision("16-mixed", "cpu", scaler)
+    with pytest.raises(ValueError, match="bf16-mixed"):
+        trainer(plugins=[PoolEnvironment(), plugin]).fit(AwkwardLightningModule())
+    plugins = [PoolEnvironment(), fabric_precision.MixedPrecision("16-mixed", "cpu", scaler)]
+    fabric = L.Fabric(accelerator="cpu", devices=2, strategy="muon_zero1", plugins=plugins)
+    fabric.launch()
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="bf16-mixed"):
+        fabric.setup(model, lm.Muon(model))
+
+
 @pytest.mark.parametrize(
     "check",
     [
@@ -81,6 +96,7 @@ def nan_in_one_parameter_under_clipping():
         unrouted_parameter,
         nan_in_training,
         nan_in_one_parameter_under_clipping,
+        loss_scaling,
     ],
 )
 def test_every_rank_raises(check):
@@ -104,13 +120,6 @@ def test_the_other_lightning_package_is_told_apart(name):
 def test_a_second_communication_hook_is_refused():
     with pytest.raises(ValueError, match="no room for another"):
         lm.MuonZero1Strategy(ddp_comm_hook=lambda state, bucket: None)
-
-
-def test_loss_scaling_is_refused():
-    from lightning_muon.sharding.precision import refuse_loss_scaling
-
-    with pytest.raises(ValueError, match="bf16-mixed"):
-        refuse_loss_scaling(torch.amp.GradScaler("cpu"), "MuonZero1Strategy")
 
 
 def test_monitors_need_a_logger_and_muon():

@@ -39,7 +39,6 @@ def test_lightnings_launchers(api, strategy):
 
 
 def test_torchrun():
-    port = free_port()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     out = launch([*command, str(SCRIPT), "trainer", "muon_zero1"])
     assert out.count("replicas agree on 2 processes") == 1

@@ -9,12 +9,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import lightning_muon as lm
 from lightning_muon.monitoring import Request, collect
+from tests.integration.test_lightning import reference
 from tests.lightning_runs import AwkwardLightningModule, trainer
 from tests.models import awkward_model, token_batches
 from tests.processes import run_processes
 
 
-def train_watched(folder, strategy="muon_zero1", module_options=None, **monitor_options):
+def train_watched(folder, strategy="muon_zero1", module_options=None, trainer_options=None, **monitor_options):
     module = AwkwardLightningModule(**(module_options or {}))
     monitors = [
         lm.UpdateRMSMonitor(every_n_steps=2, **monitor_options),
@@ -22,7 +23,7 @@ def train_watched(folder, strategy="muon_zero1", module_options=None, **monitor_
         lm.SpectrumMonitor(every_n_steps=4, **monitor_options),
     ]
     loggers = [TensorBoardLogger(folder, name="tb", version=""), CSVLogger(folder, name="csv", version="")]
-    trainer(5, strategy=strategy, logger=loggers, callbacks=monitors).fit(module)
+    trainer(5, strategy=strategy, logger=loggers, callbacks=monitors, **(trainer_options or {})).fit(module)
     return {name: param.detach().clone() for name, param in module.named_parameters()}
 
 
@@ -77,7 +78,7 @@ def test_values_against_a_slow_computation(algorithm):
         before = {name: param.detach().double().clone() for name, param in model.named_parameters()}
         optimizer.step()
     values = collect(
-        optimizer, [Request(("update_rms", "weight_rms", "weight_spectral_norm", "weight_svd_entropy"))]
+        [optimizer], [Request(("update_rms", "weight_rms", "weight_spectral_norm", "weight_svd_entropy"))]
     ).values
     for name, param in model.named_parameters():
         after = param.detach().double()
@@ -100,16 +101,16 @@ def test_detailed_mode_and_filters():
     optimizer = lm.Muon(model, lr=0.1)
     model.loss(token_batches(1, 4)[0]).backward()
     optimizer.step()
-    brief = collect(optimizer, [Request(("weight_spectral_norm",), include="experts")]).values
+    brief = collect([optimizer], [Request(("weight_spectral_norm",), include="experts")]).values
     key = "muon/weight_spectral_norm/experts_up"
     assert {k for k in brief if not k.endswith(("_min", "_mean", "_max"))} == {key, f"{key}.min", f"{key}.max"}
-    detailed = collect(optimizer, [Request(("weight_spectral_norm",), include="experts", mode="detailed")]).values
+    detailed = collect([optimizer], [Request(("weight_spectral_norm",), include="experts", mode="detailed")]).values
     each = [detailed[f"{key}.{number}"] for number in range(5)]
     expected = [torch.linalg.matrix_norm(w.detach().double(), 2).item() for w in model.experts_up]
     assert each == pytest.approx(expected, rel=1e-6)
     assert (detailed[f"{key}.min"], detailed[f"{key}.max"]) == (min(each), max(each))
-    assert not collect(optimizer, [Request(("weight_rms",), include="nowhere")]).values
-    without = collect(optimizer, [Request(("weight_rms",), exclude="experts|norm")]).values
+    assert not collect([optimizer], [Request(("weight_rms",), include="nowhere")]).values
+    without = collect([optimizer], [Request(("weight_rms",), exclude="experts|norm")]).values
     assert not any("experts" in k for k in without)
 
 
@@ -135,3 +136,50 @@ def test_monitors_refuse_other_optimizers(tmp_path):
         trainer(1, "auto", accelerator="cpu", logger=CSVLogger(tmp_path), callbacks=[lm.WeightNormMonitor()]).fit(
             module
         )
+
+
+def test_clipping_norm_is_logged(tmp_path):
+    options = {"gradient_clip_val": 0.05}
+    run_processes(2, train_watched, str(tmp_path), "muon_zero1", None, options)
+    logged = events(tmp_path)[0]["muon/grad_norm"]
+    _, norms, _ = reference(steps=5, max_norm=0.05)
+    assert logged == pytest.approx({2: norms[1], 4: norms[3]}, rel=1e-5)
+
+
+class TwoOptimizers(AwkwardLightningModule):
+    """Manual optimization with an optimizer for each half, built from the halves: their own names collide."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.model = torch.nn.ModuleDict({half: torch.nn.Linear(4, 4) for half in ("first", "second")})
+
+    def training_step(self, batch, batch_idx):
+        share = torch.eye(4).repeat(3, 1).chunk(self.trainer.world_size)[self.global_rank]
+        x = self.model["second"](torch.tanh(self.model["first"](share)))
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward((x - 1).square().mean())
+        for optimizer in self.optimizers():
+            self.clip_gradients(optimizer, gradient_clip_val=0.5, gradient_clip_algorithm="norm")
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [lm.Muon(self.model[half], lr=0.05) for half in ("first", "second")]
+
+
+def train_two_optimizers(folder, strategy):
+    module = TwoOptimizers()
+    logger = TensorBoardLogger(folder, name="tb", version="")
+    trainer(8, strategy=strategy, logger=logger, callbacks=[lm.WeightNormMonitor(every_n_steps=8)]).fit(module)
+    return {name: param.detach().clone() for name, param in module.named_parameters()}
+
+
+def test_two_optimizers_keep_their_names_apart(tmp_path):
+    results = run_processes(2, train_two_optimizers, str(tmp_path), "muon_zero1")
+    for result in results[1:]:
+        assert all(torch.equal(weight, results[0][name]) for name, weight in result.items())
+    scalars, _ = events(tmp_path)
+    for half in ("first", "second"):
+        (logged,) = scalars[f"muon/weight_rms/model.{half}.weight"].values()
+        assert logged == pytest.approx(results[0][f"model.{half}.weight"].square().mean().sqrt().item(), rel=1e-5)

@@ -238,23 +238,55 @@ def test_schedulers_scale_both_groups():
     optimizer.step()
     scheduler.step()
     assert {group["name"]: group["lr"] for group in optimizer.param_groups} == {"muon": 0.05, "adamw": 0.1}
-    one_cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=[0.1, 0.2], total_steps=10)
-    for _ in range(5):
-        optimizer.step()
-        one_cycle.step()
-    assert 0 < optimizer.param_groups[0]["momentum"] < 1
+
+
+def test_one_cycle_turns_momentum_of_both_algorithms():
+    model = nn.Linear(4, 4)
+    optimizer = lm.Muon(model, lr=0.1)
+    torch_adamw_bias = nn.Parameter(model.bias.detach().clone())
+    reference = torch.optim.AdamW([torch_adamw_bias], lr=0.1, betas=(0.9, 0.95), weight_decay=0.1)
+    schedulers = [
+        torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=0.1, total_steps=10, base_momentum=0.5, max_momentum=0.8)
+        for opt in (optimizer, reference)
+    ]
+    seen = set()
+    for step in range(9):
+        model.weight.grad, model.bias.grad = torch.randn(4, 4), torch.randn(4) + step
+        torch_adamw_bias.grad = model.bias.grad.clone()
+        for opt, scheduler in zip((optimizer, reference), schedulers, strict=True):
+            opt.step()
+            scheduler.step()
+        seen.add(round(optimizer.param_groups[0]["momentum"], 6))
+        assert optimizer.param_groups[0]["momentum"] == optimizer.param_groups[1]["momentum"]
+    assert min(seen) == pytest.approx(0.5, abs=0.05)
+    torch.testing.assert_close(model.bias, torch_adamw_bias, rtol=1e-6, atol=1e-7)
 
 
 def test_add_param_group_routes_and_trains_the_new_ones():
     first, second = nn.Linear(4, 4), nn.Linear(4, 4)
     optimizer = lm.Muon(first, lr=0.1)
     optimizer.add_param_group({"params": [(f"second.{n}", p) for n, p in second.named_parameters()], "lr": 0.3})
-    assert [group["name"] for group in optimizer.param_groups] == ["muon", "adamw", "muon2", "adamw3"]
+    assert [group["name"] for group in optimizer.param_groups] == ["muon", "adamw", "muon2", "adamw2"]
     assert optimizer.routes["second.weight"].algorithm == "muon"
     before = second.weight.detach().clone()
     second.weight.grad = torch.randn(4, 4)
     optimizer.step()
     assert not torch.equal(second.weight, before)
+
+
+def test_groups_with_one_name_are_told_apart():
+    pairs = [[(name, nn.Parameter(torch.zeros(2, 2)))] for name in ("x", "y", "z")]
+    groups = [{"params": pair, "name": name} for pair, name in zip(pairs, ("a", "a2", "a"), strict=True)]
+    assert [group["name"] for group in lm.Muon(groups).param_groups] == ["a", "a2", "a3"]
+
+
+def test_a_refused_group_leaves_no_trace():
+    optimizer = lm.Muon(nn.Linear(3, 3))
+    late = [("late", nn.Parameter(torch.zeros(2, 2)))]
+    with pytest.raises(ValueError, match="lr"):
+        optimizer.add_param_group({"params": late, "lr": -1.0})
+    optimizer.add_param_group({"params": late, "lr": 0.5})
+    assert optimizer.param_groups[-1]["lr"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -300,6 +332,7 @@ def test_nonfinite_gradient_policy(bad):
     model, optimizer, state, weights = poisoned("skip")
     optimizer.step()
     assert optimizer.skipped_steps == 1
+    assert not optimizer.update_records
     assert_untouched(model, optimizer, state, weights)
 
     model, optimizer, _, _ = poisoned("propagate")

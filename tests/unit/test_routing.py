@@ -153,6 +153,44 @@ def test_wrappers_leave_no_trace_in_names():
     assert set(routes(torch.compile(plain))) == {"a.weight", "a.bias"}
 
 
+def test_module_is_a_name_like_any_other():
+    plain, compiled = Net(), Net()
+    plain.module, compiled.module = nn.Linear(3, 3), torch.compile(nn.Linear(3, 3))
+    assert set(routes(plain)) == set(routes(compiled)) == {"module.weight", "module.bias"}
+
+
+@pytest.mark.parametrize(
+    ("path", "algorithm"),
+    [
+        ("time_embedding.0.weight", "muon"),
+        ("patch_embed.proj.weight", "muon"),
+        ("layers.3.attention.output.weight", "muon"),
+        ("output.weight", "adamw"),
+        ("model.lm_head.weight", "adamw"),
+    ],
+)
+def test_projections_are_not_mistaken_for_embeddings_and_heads(path, algorithm):
+    module = outer = Net()
+    *parents, last, _ = path.split(".")
+    for name in parents:
+        setattr(module, name, Net())
+        module = getattr(module, name)
+    setattr(module, last, nn.Linear(6, 4, bias=False))
+    assert routes(outer)[path].algorithm == algorithm
+
+
+@pytest.mark.parametrize(("name", "algorithm"), [("wte.weight", "adamw"), ("h.0.attn.weight", "muon")])
+def test_names_alone_tell_embeddings_where_no_module_is_given(name, algorithm):
+    assert lm.Muon([(name, nn.Parameter(torch.zeros(4, 3)))]).routes[name].algorithm == algorithm
+
+
+def test_transposed_stacks_can_be_split():
+    module = Net()
+    module.experts_gate_up = nn.Parameter(torch.zeros(4, 6, 10))  # (experts, in, gate and up)
+    found = routes(module, rules=[lm.Rule("experts", split_sizes=(5, 5), transposed=True)])
+    assert found["experts_gate_up"].layout.describe() == "8 x (6, 5)"
+
+
 def test_explain_names_every_parameter_and_rule():
     module = Net(embed=nn.Embedding(10, 4), qkv=nn.Linear(4, 12), lm_head=nn.Linear(4, 10))
     text = lm.Muon(module, rules=[lm.Rule("lm_head.weight")]).explain()

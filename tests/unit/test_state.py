@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -75,11 +76,28 @@ def test_parameters_are_matched_by_name_not_by_place():
             assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
 
 
-def test_copy_and_pickle_keep_the_routes():
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_a_copy_goes_on_like_the_original(duplicate):
+    model, optimizer = trained(2)
+    other_model, other = duplicate((model, optimizer))
+    assert other.routes == optimizer.routes
+    for module, opt in ((model, optimizer), (other_model, other)):
+        opt.zero_grad()
+        module.loss(token_batches(1, 4)[0]).backward()
+        opt.step()
+    for a, b in zip(model.parameters(), other_model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_option_that_was_not_saved_keeps_todays_value():
     _, optimizer = trained(1)
-    duplicate = copy.deepcopy(optimizer)
-    assert duplicate.routes.keys() == optimizer.routes.keys()
-    duplicate.step()
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        del group["weight_decay"]
+    fresh = lm.Muon(awkward_model(), weight_decay=0.03)
+    fresh.load_state_dict(state)
+    assert [group["weight_decay"] for group in fresh.param_groups] == [0.03, 0.03]
+    fresh.step()
 
 
 class Other(nn.Module):

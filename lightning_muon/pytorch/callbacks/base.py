@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_muon.monitoring import Collection, Request, collect
 from lightning_muon.monitoring.collect import Mode
 from lightning_muon.muon import Muon
+from lightning_muon.names import canonical_name
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -23,7 +25,8 @@ class Monitor(Callback):
     """Base of the monitors.
 
     All monitors of a trainer that are due at the same step are served by the first of them: one sum over the
-    processes, one ``log_metrics`` per logger.
+    processes per optimizer, one ``log_metrics`` per logger. Names are those of the parameters in the LightningModule.
+    Where a sharded strategy clips by norm, ``muon/grad_norm``, the norm before clipping, is logged as well.
 
     Args:
         every_n_steps: Optimizer steps between two measurements; ``None`` takes the monitor's default.
@@ -84,13 +87,13 @@ class Monitor(Callback):
         ]
         if not due:
             return
-        for optimizer in _muons(trainer):
-            collection = collect(optimizer, [monitor.request for monitor in due])
-            for logger in trainer.loggers:
-                logger.log_metrics(collection.values, step=trainer.global_step)
-            if trainer.is_global_zero:
-                for monitor in due:
-                    monitor.show(trainer, collection)
+        names: dict[Tensor, str] = {param: canonical_name(name) for name, param in pl_module.named_parameters()}
+        collection = collect(_muons(trainer), [monitor.request for monitor in due], names)
+        for logger in trainer.loggers:
+            logger.log_metrics(collection.values, step=trainer.global_step)
+        if trainer.is_global_zero:
+            for monitor in due:
+                monitor.show(trainer, collection)
 
     def show(self, trainer: pl.Trainer, collection: Collection) -> None:
         """Log what is no scalar; on process 0."""
