@@ -33,7 +33,8 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-nodes", type=int, default=1)
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
-    parser.add_argument("--lr", type=float, default=8e-3)
+    parser.add_argument("--lr", type=float, default=8e-3, help="of the matrices")
+    parser.add_argument("--adamw-lr", type=float, default=1.6e-2, help="of embedding, head and norms")
     parser.add_argument("--max-steps", type=int, default=600, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=16, help="windows per batch, over all ranks")
     parser.add_argument("--accumulate", type=int, default=1, help="batches per optimizer step")
@@ -79,7 +80,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     fabric.seed_everything(options.seed)
     data = TextDataModule(batch_size=options.batch_size, num_ranks=fabric.world_size, rank=fabric.global_rank)
     train_loader, val_loader = fabric.setup_dataloaders(data.train_dataloader(), data.val_dataloader())
-    module = MoELM(optimizer=options.optimizer, lr=options.lr)
+    module = MoELM(optimizer=options.optimizer, lr=options.lr, adamw_lr=options.adamw_lr)
     model, optimizer = fabric.setup(module, module.make_optimizer())
     scheduler = module.make_scheduler(optimizer, options.max_steps)
     batches, figures = endless(train_loader), {}

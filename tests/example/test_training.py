@@ -64,6 +64,9 @@ def test_the_small_config_is_what_the_demo_trains() -> None:
     assert cli.datamodule.seq_len == demo.SEQ_LEN
     assert cli.datamodule.batch_size == demo.BATCH_SIZE
     assert (cli.model.lr, cli.model.adamw_lr) == demo.LEARNING_RATES["muon"]
+    overlay = ["--config", str(CONFIGS / "small.yaml"), "--config", str(CONFIGS / "adamw.yaml")]
+    model = train.main(overlay, run=False).model
+    assert (model.lr, model.adamw_lr) == demo.LEARNING_RATES["adamw"]
 
 
 def test_bits_per_byte_is_the_loss_in_bits(tmp_path: Path) -> None:
