@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,12 @@ def test_table_of_sequences_is_the_registry():
     found = {name: tuple(map(float, numbers)) for name, *numbers in rows}
     sequences = [polynomial_sequence(name) for name in available_sequences() if name != "exact"]
     assert found == {s.name: (len(s.steps), *s.guarantee, s.safety) for s in sequences}
+
+
+def test_wheel_holds_the_package_alone(tmp_path):
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0].partition("-")[0] for name in names} == {"lightning_muon"}
+    assert "lightning_muon/py.typed" in names
