@@ -77,8 +77,8 @@ class OwnershipPlan:
         mean_bytes, mean_flops = sum(self.state_bytes) / self.world_size, sum(self.flops) / self.world_size
         return (
             f"{len(self.slices)} parameters, {self.world_size} processes, {mean_bytes / 2**20:.2f} MiB of state each"
-            f" (largest / mean {max(self.state_bytes) / (mean_bytes or 1):.2f}), orthogonalisation largest / mean"
-            f" {max(self.flops) / (mean_flops or 1):.2f}"
+            f" (largest / mean {max(self.state_bytes) / (mean_bytes or 1):.2f}), orthogonalisation"
+            + (f" largest / mean {max(self.flops) / mean_flops:.2f}" if mean_flops else ": nothing")
         )
 
     def digest(self) -> str:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_muon.muon import Muon
 from lightning_muon.orthogonalize import orthogonalization_flops, polynomial_sequence
 from lightning_muon.partition import NamedState, Range
+from lightning_muon.sharding.at_exit import end_process_group_at_exit
 from lightning_muon.sharding.consolidate import consolidate
 from lightning_muon.sharding.ownership import ElementRun, OwnershipPlan, Unit, plan_ownership
 from lightning_muon.sharding.publish import WeightPublisher
@@ -153,6 +154,8 @@ class Zero1:
     def __init__(self, strategy: str, group: dist.ProcessGroup | None = None) -> None:
         self.strategy = strategy
         self.reducer = GradientReducer(group)
+        if "gloo" in dist.get_backend(group):
+            end_process_group_at_exit()
 
     def attach(self, module: DistributedDataParallel) -> None:
         """Have the module's gradients reduced to their owners."""
