@@ -1,5 +1,6 @@
 """The README is true: its Python runs, its links lead somewhere, its commands exist."""
 
+import json
 import re
 import subprocess
 import sys
@@ -77,3 +78,22 @@ def test_wheel_holds_the_package_alone(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"lightning_muon"}
     assert "lightning_muon/py.typed" in names
+
+
+def test_readme_figures_are_the_committed_ones():
+    text = (ROOT / "README.md").read_text()
+    results = ROOT / "benchmarks" / "results"
+    for optimizer, figures in json.loads((results / "muon_vs_adamw.json").read_text()).items():
+        row = next(line for line in text.splitlines() if line.lower().startswith(f"| {optimizer} ("))
+        numbers = [*figures["val_bpb_by_seed"].values(), figures["val_bpb_mean"], figures["val_bpb_sd"]]
+        assert [f"{number:.3f}" for number in numbers] == re.findall(r"\d\.\d{3}", row)
+        assert [figures["lr"], figures["adamw_lr"]] == [float(x) for x in re.findall(r"\d(?:\.\d)?e-\d", row)]
+    steps = json.loads((results / "strategies.json").read_text())
+    names = {
+        "AdamW, DDP": "AdamW, DDP",
+        "Muon replicated, DDP": "Muon on every process, DDP",
+        "muon_zero1": "`muon_zero1`",
+    }
+    for name, shown in names.items():
+        step, state = steps["rows"][name]["median_ms"], steps["state_bytes_of_process_0"][name] / 2**20
+        assert f"| {shown} | {step:.0f} ms | {state:.1f} MiB |" in text
