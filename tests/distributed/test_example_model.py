@@ -4,16 +4,16 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import lightning_muon as lm
 from examples.moe_lm.config import ModelConfig
 from examples.moe_lm.model import MoELM, next_token_nll
-from lightning_muon.sharding.zero1 import Zero1, ownership_plan
+from lightning_muon.sharding.zero1 import ownership_plan
 from tests.lightning_runs import PoolEnvironment, trainer
 from tests.processes import run_processes
 from tests.references import relative_error
+from tests.sharding import ShardedTraining, Training
 
 STEPS = 20
 GEOMETRY = {
@@ -64,25 +64,14 @@ def train(sharded):
     torch.manual_seed(0)
     model = PinnedRouting().train()
     optimizer = lm.Muon(model, lr=8e-3, orthogonalization_dtype=torch.float32)
-    forward = model.loss
-    rank, world_size = 0, 1
-    if sharded:
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-        forward = DistributedDataParallel(_Loss(model), bucket_cap_mb=0.05)
-        zero1 = Zero1("test")
-        zero1.attach(forward)
-        zero1.adopt([optimizer])
+    loss = _Loss(model)
+    training = ShardedTraining(loss, optimizer, bucket_cap_mb=0.05) if sharded else Training(loss, optimizer)
     generator = torch.Generator().manual_seed(1)
     for _ in range(STEPS):
         # 12 windows of 12 tokens: every rank's tokens start at expert 0 again
         windows = torch.randint(0, 257, (12, 13), generator=generator)
         optimizer.zero_grad()
-        loss = forward(windows.chunk(world_size)[rank])
-        if sharded:
-            zero1.before_backward()
-        loss.backward()
-        if sharded:
-            zero1.after_backward()
+        training.backward(training(share(windows, training.world_size, training.rank)))
         optimizer.step()
     return {name: p.detach().clone() for name, p in model.named_parameters()}, optimizer.local_state_bytes()
 

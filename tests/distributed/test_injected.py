@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import lightning_muon as lm
 from examples.moe_lm.config import ModelConfig
@@ -13,6 +12,7 @@ from lightning_muon.sharding.zero1 import Zero1
 from tests.models import awkward_model
 from tests.processes import run_processes
 from tests.references import relative_error
+from tests.sharding import ShardedTraining, Training
 
 SHAPES = {
     "square": (63, 63),
@@ -45,23 +45,14 @@ class Injected(nn.Module):
 def run(shapes, sharded, options, steps=10, poisoned_rank=None):
     model = Injected(shapes)
     optimizer = lm.Muon(model, lr=0.02, adamw_lr=0.01, **options)
-    forward = model
-    if sharded:
-        forward = DistributedDataParallel(model, bucket_cap_mb=0.01)
-        zero1 = Zero1("test")
-        zero1.attach(forward)
-        zero1.adopt([optimizer])
+    training = ShardedTraining(model, optimizer, bucket_cap_mb=0.01) if sharded else Training(model, optimizer)
     error = None
     for step in range(steps):
         optimizer.zero_grad()
         wanted = gradients(shapes, step)
         if poisoned_rank is not None and step == 3 and dist.get_rank() == poisoned_rank:
             next(iter(wanted.values()))[0] = float("nan")
-        if sharded:
-            zero1.before_backward()
-        forward(wanted).backward()
-        if sharded:
-            zero1.after_backward()
+        training.backward(training(wanted))
         try:
             optimizer.step()
         except FloatingPointError as caught:
@@ -127,15 +118,10 @@ def test_a_nan_on_one_rank_stops_or_skips_all(policy, poisoned_rank):
 
 def step_without_synchronised_gradients():
     model = awkward_model()
-    wrapped = DistributedDataParallel(model)
     optimizer = lm.Muon(model)
-    zero1 = Zero1("test")
-    zero1.attach(wrapped)
-    zero1.adopt([optimizer])
-    with wrapped.no_sync():
-        zero1.before_backward()
-        wrapped(torch.zeros(2, 3, dtype=torch.int64)).sum().backward()
-        zero1.after_backward()
+    training = ShardedTraining(model, optimizer)
+    with training.module.no_sync():
+        training.backward(training(torch.zeros(2, 3, dtype=torch.int64)).sum())
     with pytest.raises(RuntimeError, match="not synchronised"):
         optimizer.step()
     with pytest.raises(RuntimeError, match="consolidate_state_dict"):
@@ -146,12 +132,10 @@ def step_without_synchronised_gradients():
 
 def parameter_without_optimizer():
     model = awkward_model()
-    wrapped = DistributedDataParallel(model)
-    zero1 = Zero1("test")
-    zero1.attach(wrapped)
-    zero1.adopt([lm.Muon([(n, p) for n, p in model.named_parameters() if n.startswith("square")])])
+    optimizer = lm.Muon([(n, p) for n, p in model.named_parameters() if n.startswith("square")])
+    training = ShardedTraining(model, optimizer)
     with pytest.raises(RuntimeError, match="requires a gradient but belongs to no optimizer"):
-        zero1.before_backward()
+        training.zero1.before_backward()
 
 
 def ranks_that_disagree():
@@ -177,24 +161,17 @@ def parameters_in_another_order():
     """As if from a set of names, whose order differs from process to process."""
     names = ["a", "bb", "ccc", "dddd", "eeeee"]
     model = _Named(names)
-    wrapped = DistributedDataParallel(model)
     pairs = list(model.named_parameters())
     optimizer = lm.Muon(pairs if dist.get_rank() == 0 else pairs[::-1], lr=0.1)
-    zero1 = Zero1("test")
-    zero1.attach(wrapped)
-    zero1.adopt([optimizer])
     single = _Named(names)
     reference = lm.Muon(single, lr=0.1)
+    trainings = ShardedTraining(model, optimizer), Training(single, reference)
     for step in range(3):
         x = torch.randn(5, 6, generator=torch.Generator().manual_seed(step))
-        for module, opt in ((wrapped, optimizer), (single, reference)):
-            opt.zero_grad()
-            if module is wrapped:
-                zero1.before_backward()
-            module(x).backward()
-            if module is wrapped:
-                zero1.after_backward()
-            opt.step()
+        for training in trainings:
+            training.optimizer.zero_grad()
+            training.backward(training(x))
+            training.optimizer.step()
     optimizer.consolidate_state_dict()
     for name, param in single.named_parameters():
         torch.testing.assert_close(getattr(model, name).detach(), param.detach(), rtol=1e-5, atol=1e-6)
@@ -212,17 +189,15 @@ def sharded_pair():
     zero1, found = Zero1("test"), []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        module = DistributedDataParallel(nn.Linear(4, 4))
-        optimizer = lm.Muon(module.module, lr=0.1)
-        zero1.attach(module)
-        zero1.adopt([optimizer])
-        found.append((module, optimizer))
+        module = nn.Linear(4, 4)
+        training = ShardedTraining(module, lm.Muon(module, lr=0.1), zero1)
+        found.append((training.module, training.optimizer))
     return zero1, found
 
 
-def backward(zero1, module, scale=1.0):
+def backward(zero1, module):
     zero1.before_backward()
-    (module(torch.eye(4) * (1 + dist.get_rank())).square().sum() * scale).backward()
+    module(torch.eye(4) * (1 + dist.get_rank())).square().sum().backward()
     zero1.after_backward()
 
 

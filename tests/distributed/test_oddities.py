@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import lightning_muon as lm
-from lightning_muon.sharding.zero1 import Zero1
 from tests.processes import run_processes
 from tests.references import relative_error
+from tests.sharding import ShardedTraining, Training
 
 
 class Sometimes(nn.Module):
@@ -36,26 +34,16 @@ class Sometimes(nn.Module):
 def train(sharded, uses_branches, is_strided, accumulate_without_zero, ddp_options):
     model = Sometimes(is_strided)
     optimizer = lm.Muon(model, lr=0.02)
-    forward, rank, world_size = model, 0, 1
-    if sharded:
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-        forward = DistributedDataParallel(model, **ddp_options)
-        zero1 = Zero1("test")
-        zero1.attach(forward)
-        zero1.adopt([optimizer])
+    training = ShardedTraining(model, optimizer, **ddp_options) if sharded else Training(model, optimizer)
     generator = torch.Generator().manual_seed(1)
     for _ in range(6):
         optimizer.zero_grad()
         for _ in range(2 if accumulate_without_zero else 1):
             images, numbers = torch.randn(4, 3, 5, 5, generator=generator), torch.arange(4)
             # with two ranks, rank 0 has the even samples: each rank misses a branch
-            mine = slice(rank, None, world_size)
-            loss = forward(images[mine], numbers[mine], uses_branches) * world_size / 4
-            if sharded:
-                zero1.before_backward()
-            loss.backward()
-            if sharded:
-                zero1.after_backward()
+            mine = slice(training.rank, None, training.world_size)
+            loss = training(images[mine], numbers[mine], uses_branches) * training.world_size / 4
+            training.backward(loss)
         optimizer.step()
     return {name: param.detach().clone() for name, param in model.named_parameters()}
 

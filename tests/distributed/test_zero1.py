@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 import lightning_muon as lm
 from lightning_muon.sharding.clipping import clip_grad_norm_
-from lightning_muon.sharding.zero1 import Zero1
 from tests.models import awkward_model, token_batches
 from tests.processes import run_processes
+from tests.sharding import ShardedTraining
 
 STEPS = 20
 GLOBAL_BATCH = 12
@@ -62,21 +61,15 @@ class _Loss(torch.nn.Module):
 def train_sharded(steps=STEPS, accumulate=1, use_no_sync=True, max_norm=None, dtype=torch.float32, kwargs=None):
     rank, world_size = dist.get_rank(), dist.get_world_size()
     model = awkward_model(seed=rank).to(dtype)  # different on purpose: DDP starts everyone from rank 0's
-    wrapped = DistributedDataParallel(_Loss(model), bucket_cap_mb=0.004)  # several buckets
     optimizer = _optimizer(model, **(kwargs or {}))
-    zero1 = Zero1("test")
-    zero1.attach(wrapped)
-    zero1.adopt([optimizer])
+    training = ShardedTraining(_Loss(model), optimizer, bucket_cap_mb=0.004)  # several buckets
     norms, differences = [], []
     for batch in token_batches(steps, GLOBAL_BATCH):
         optimizer.zero_grad()
         micro_batches = batch.chunk(world_size)[rank].chunk(accumulate)
         for number, micro_batch in enumerate(micro_batches, start=1):
-            wrapped.require_backward_grad_sync = not use_no_sync or number == len(micro_batches)
-            loss = wrapped(micro_batch) / len(micro_batches)
-            zero1.before_backward()
-            loss.backward()
-            zero1.after_backward()
+            training.module.require_backward_grad_sync = not use_no_sync or number == len(micro_batches)
+            training.backward(training(micro_batch) / len(micro_batches))
         if max_norm is not None:
             norms.append(clip_grad_norm_(optimizer, max_norm))
         optimizer.step()
