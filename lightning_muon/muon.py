@@ -35,9 +35,9 @@ class Muon(Optimizer):
         W ← W - lr·(scale·O + weight_decay·W)
 
     Which parameter is trained by what is decided by ordered rules, first match wins: a group's ``algorithm``, a
-    :func:`lightning_muon.mark` on the parameter, ``rules``, then built-in ones (embeddings, output heads and vectors
+    ``lightning_muon.mark`` on the parameter, ``rules``, then built-in ones (embeddings, output heads and vectors
     go to AdamW; matrices, stacks of experts, convolutions to Muon). A parameter that no rule covers is an error.
-    :meth:`explain` shows every decision.
+    ``explain`` shows every decision.
 
     The state exists for every trainable parameter from the first step, ``state_dict()`` or ``load_state_dict()`` on:
     ``momentum_buffer`` (Muon; float32 at least), ``exp_avg``, ``exp_avg_sq``, ``step`` (AdamW; as torch keeps them).
@@ -54,12 +54,12 @@ class Muon(Optimizer):
         nesterov: Orthogonalise ``(1-μ)G + μM`` and not ``M``.
         scale: ``"match_rms_adamw"`` = 0.2·√max(rows, cols); ``"original"`` = √max(1, rows/cols);
             ``"spectral"`` = √(rows/cols).
-        orthogonalization: A name (see :func:`lightning_muon.orthogonalize`) or a sequence of ``(a, b, c)``.
+        orthogonalization: A name (see ``lightning_muon.orthogonalize``) or a sequence of ``(a, b, c)``.
         orthogonalization_dtype: ``None`` takes bfloat16 on CUDA and float32 elsewhere.
         adamw_lr: Learning rate of the rest; ``None`` means ``lr``.
         betas, eps: AdamW's.
         maximize: Ascend.
-        rules: :class:`lightning_muon.Rule` s tried before the built-in ones, in order.
+        rules: ``lightning_muon.Rule`` s tried before the built-in ones, in order.
         nonfinite: What to do about a NaN or an infinity in a gradient, decided for all processes together before
             any state is touched. ``"raise"`` a ``FloatingPointError``; ``"skip"`` the step and count it in
             ``skipped_steps``; ``"propagate"`` saves the check, which waits for the device once a step.
@@ -236,7 +236,7 @@ class Muon(Optimizer):
         return self._partition.ranges(name, param.numel())
 
     def local_gradients(self, name: str, param: Tensor) -> list[Tensor]:
-        """The gradient of :meth:`local_ranges`, flat; empty without a gradient."""
+        """The gradient of ``local_ranges``, flat; empty without a gradient."""
         if param.grad is None:
             return []
         if param.grad.is_sparse:
@@ -304,7 +304,7 @@ class Muon(Optimizer):
                 self.state[param][key] = torch.zeros(shape, dtype=dtype, device=param.device)
 
     def consolidate_state_dict(self, to: int = 0) -> None:
-        """Bring the whole state to the process ``to``, in CPU memory, for the next :meth:`state_dict` there.
+        """Bring the whole state to the process ``to``, in CPU memory, for the next ``state_dict`` there.
 
         Every process must call it. Trainer and Fabric do, before they save.
         """
@@ -318,7 +318,7 @@ class Muon(Optimizer):
         """The canonical state: what a single process would have saved, with ``param_names`` in every group.
 
         Raises:
-            RuntimeError: Other processes hold a part of it and :meth:`consolidate_state_dict` was not called.
+            RuntimeError: Other processes hold a part of it and ``consolidate_state_dict`` was not called.
         """
         self._create_state()
         if self._partition.is_sharded and not self._consolidated:

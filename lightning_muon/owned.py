@@ -44,6 +44,6 @@ class OwnedParameter:
             offset += stop - start
 
     def write_back(self, weight: Tensor) -> None:
-        """Bring the weight of :meth:`flat` into the parameter, if it was a copy."""
+        """Bring the weight of ``flat`` into the parameter, if it was a copy."""
         if not self.param.is_contiguous():
             self.param.copy_(weight.view_as(self.param))

@@ -16,8 +16,8 @@ NamedState = dict[str, dict[str, Tensor]]
 class Partition(Protocol):
     """How the elements of the parameters are shared out, and what the processes tell each other in a step.
 
-    Every process has the same parameters by name, shape and dtype, in any order, and calls :meth:`maximum`,
-    :meth:`total`, :meth:`publish` and :meth:`consolidate` in the same order.
+    Every process has the same parameters by name, shape and dtype, in any order, and calls ``maximum``,
+    ``total``, ``publish`` and ``consolidate`` in the same order.
     """
 
     @property

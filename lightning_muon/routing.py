@@ -97,7 +97,7 @@ def mark(
     Args:
         param: The parameter.
         algorithm: ``"muon"`` or ``"adamw"``.
-        split_sizes, num_heads, transposed: See :class:`Rule`.
+        split_sizes, num_heads, transposed: See ``Rule``.
 
     Returns:
         ``param``, marked.

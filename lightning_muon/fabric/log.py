@@ -36,13 +36,13 @@ def log_optimizer(
         optimizer: The optimizer, as ``fabric.setup`` returned it or bare.
         step: The step to log at.
         families: The measures; the spectral ones cost an eigenvalue decomposition per matrix.
-        include, exclude, mode: See :class:`lightning_muon.UpdateRMSMonitor`.
+        include, exclude, mode: See ``lightning_muon.UpdateRMSMonitor``.
 
     Returns:
         The values by key, on every process.
 
     Raises:
-        TypeError: The optimizer is not :class:`lightning_muon.Muon`.
+        TypeError: The optimizer is not ``lightning_muon.Muon``.
     """
     bare = getattr(optimizer, "optimizer", optimizer)  # Fabric wraps it
     values = collect([require_muon(bare, "log_optimizer")], [Request(families, include, exclude, mode)]).values

@@ -25,13 +25,13 @@ __all__ = ["MuonZero1Strategy"]
 
 
 class MuonZero1Strategy(DDPStrategy):
-    """Fabric's twin of :class:`lightning_muon.MuonZero1Strategy`, which says what it does.
+    """Fabric's twin of ``lightning_muon.MuonZero1Strategy``, which says what it does.
 
     Call ``fabric.backward(loss)``, not ``loss.backward()``; ``fabric.clip_gradients`` clips by the norm of the whole
     gradient and returns it.
 
     Args:
-        **kwargs: Those of :class:`lightning.fabric.strategies.DDPStrategy`.
+        **kwargs: Those of ``lightning.fabric.strategies.DDPStrategy``.
     """
 
     def __init__(self, **kwargs: Any) -> None:

@@ -49,8 +49,8 @@ def orthogonalize(
 
     Args:
         x: ``(..., rows, cols)``, floating point; never changed and never aliased.
-        orthogonalization: A name from :func:`available_sequences`, or the ``(a, b, c)`` of each step.
-        dtype: The dtype of the iteration; ``None`` is :func:`default_dtype`. ``"exact"`` never runs below float32.
+        orthogonalization: A name from ``available_sequences``, or the ``(a, b, c)`` of each step.
+        dtype: The dtype of the iteration; ``None`` is ``default_dtype``. ``"exact"`` never runs below float32.
 
     Returns:
         ``(..., rows, cols)`` in the dtype of ``x``, new memory.

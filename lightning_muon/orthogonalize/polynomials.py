@@ -133,7 +133,7 @@ def polynomial_sequence(orthogonalization: str | Sequence[Sequence[float]]) -> P
     """Look up or check an ``orthogonalization`` argument.
 
     Args:
-        orthogonalization: A name from :func:`available_sequences`, or the ``(a, b, c)`` of each step.
+        orthogonalization: A name from ``available_sequences``, or the ``(a, b, c)`` of each step.
 
     Returns:
         The sequence, or ``None`` for ``"exact"``, which is no polynomial.

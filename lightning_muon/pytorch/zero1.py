@@ -26,14 +26,14 @@ __all__ = ["MuonZero1Strategy"]
 
 
 class MuonZero1Strategy(DDPStrategy):
-    """Data parallelism with :class:`lightning_muon.Muon` sharded over the processes (ZeRO stage 1).
+    """Data parallelism with ``lightning_muon.Muon`` sharded over the processes (ZeRO stage 1).
 
     Every matrix has one owner: its gradient is averaged there while backward runs, its momentum is kept there only,
     it is orthogonalised there, once, and the new weights are gathered by everyone. AdamW's parameters are cut by
     element. Together the ranks send what DDP sends, and hold one copy of the optimizer state.
 
     Args:
-        **kwargs: Those of :class:`lightning.pytorch.strategies.DDPStrategy`, without its communication hooks and
+        **kwargs: Those of ``lightning.pytorch.strategies.DDPStrategy``, without its communication hooks and
             model averaging.
 
     Raises:

@@ -86,7 +86,7 @@ class GradientReducer:
         self._reduced.clear()
 
     def after_backward(self) -> None:
-        """Join what :meth:`before_backward` has set aside, except for modules that still accumulate locally."""
+        """Join what ``before_backward`` has set aside, except for modules that still accumulate locally."""
         averaged = {self._module_of[param] for param in self._reduced}
         self._incomplete -= averaged
         self._incomplete |= {module for module in self._modules if not module.require_backward_grad_sync}

@@ -75,7 +75,7 @@ def ownership_plan(optimizer: Muon, world_size: int) -> OwnershipPlan:
 
 
 class Zero1Partition:
-    """One optimizer's share of the work on this rank. See :class:`lightning_muon.partition.Partition`.
+    """One optimizer's share of the work on this rank. See ``lightning_muon.partition.Partition``.
 
     Args:
         optimizer: The optimizer; not yet stepped.
@@ -168,7 +168,7 @@ class Zero1:
             What was planned, in words.
 
         Raises:
-            TypeError: An optimizer is not :class:`lightning_muon.Muon`.
+            TypeError: An optimizer is not ``lightning_muon.Muon``.
         """
         summaries = []
         for optimizer in [require_muon(optimizer, self.strategy) for optimizer in optimizers]:
