@@ -21,7 +21,7 @@ class UpdateRMSMonitor(Monitor):
 
     | key | meaning | unit | cost |
     |---|---|---|---|
-    | ``muon/update_rms/<name>`` | ``√mean(u²)`` of ``W ← W - lr·(u + λW)`` | 1 | taken in the step; AdamW: a pass over its state |
+    | `muon/update_rms/<name>` | `√mean(u²)` of `W ← W - lr·(u + λW)` | 1 | none; AdamW: a pass over its state |
 
     Muon with ``scale="match_rms_adamw"`` aims at 0.2; a momentum of low rank, or a sequence that stops short of 1,
     stays below. Far below means that most directions of the momentum are not lifted. Every parameter, every
@@ -36,8 +36,8 @@ class WeightNormMonitor(Monitor):
 
     | key | meaning | unit | cost |
     |---|---|---|---|
-    | ``muon/weight_rms/<name>`` | ``√mean(w²)`` | of the weight | a pass over the weights |
-    | ``muon/weight_spectral_norm/<name>`` | largest singular value | of the weight | eigenvalues of ``WWᵀ`` in float64 |
+    | `muon/weight_rms/<name>` | `√mean(w²)` | of the weight | a pass over the weights |
+    | `muon/weight_spectral_norm/<name>` | largest singular value | of the weight | `eigvalsh(WWᵀ)`, float64 |
 
     Every parameter (its matrices, for the spectral norm), every ``log_every_n_steps`` steps. Under weight decay both
     should level off; without it they grow (Moonlight, arXiv 2502.16982, §2.2).
@@ -51,9 +51,9 @@ class SpectrumMonitor(Monitor):
 
     | key | meaning | unit | cost |
     |---|---|---|---|
-    | ``muon/weight_svd_entropy/<name>`` | ``-Σ p ln p / ln n``, ``p = σ²/Σσ²`` | 0 … 1 | eigenvalues of ``WWᵀ`` in float64 |
-    | ``muon/weight_stable_rank/<name>`` | ``‖W‖_F²/σ₁²`` | 1 … n | the same |
-    | ``muon/weight_singular_values/<name>`` | histogram of σ (TensorBoard only) | of the weight | the same |
+    | `muon/weight_svd_entropy/<name>` | `-Σ p ln p / ln n`, `p = σ²/Σσ²` | 0 … 1 | `eigvalsh(WWᵀ)`, float64 |
+    | `muon/weight_stable_rank/<name>` | `‖W‖_F²/σ₁²` | 1 … n | the same |
+    | `muon/weight_singular_values/<name>` | histogram of σ (TensorBoard only) | of the weight | the same |
 
     Every 200 steps. Muon keeps the entropy above AdamW's (Moonlight, §3.4: in over 90 % of the matrices).
     """
