@@ -10,6 +10,7 @@ install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "The development environment needs Python 3.11 or newer: make PYTHON=python3.11 install")'
+	@echo "Installing into $(VENV); a minute or two."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
@@ -36,4 +37,4 @@ docs: install
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) runs site dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) runs lightning_logs site dist .pytest_cache .mypy_cache .ruff_cache

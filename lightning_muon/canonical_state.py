@@ -52,7 +52,10 @@ def match(
     """
     saved_groups = [dict(group) for group in state_dict["param_groups"]]
     if not all("param_names" in group for group in saved_groups):
-        raise ValueError("This optimizer state has no parameter names; it was not saved by lightning_muon.Muon.")
+        raise ValueError(
+            "This optimizer state has no parameter names; it was not saved by lightning_muon.Muon. Load the weights"
+            " alone."
+        )
     saved = {
         name: (group, state_dict["state"].get(index, {}))
         for group in saved_groups

@@ -22,7 +22,8 @@ class Rule:
     """A user's rule, tried before the built-in ones.
 
     Args:
-        pattern: Regular expression, searched for in the parameter's name.
+        pattern: Regular expression, searched for anywhere in the parameter's name (``"qkv"`` is in
+            ``layers.0.qkv.weight``; ``r"qkv\\.weight$"`` says it exactly). A rule for Muon passes over vectors.
         algorithm: ``"muon"`` or ``"adamw"``.
         split_sizes: Sizes of the matrices fused along the output features, for example ``(q, k, v)``.
         num_heads: Heads per block, to orthogonalise each head by itself; one number, or one per block.
@@ -37,7 +38,10 @@ class Rule:
     transposed: bool = False
 
     def __post_init__(self) -> None:
-        re.compile(self.pattern)
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"lm.Rule({self.pattern!r}) is no regular expression: {error}") from None
         _check_algorithm(self.algorithm)
 
     def matches(self, names: Iterable[str]) -> bool:
@@ -132,6 +136,8 @@ def _decide(candidate: Candidate, rules: Iterable[Rule], group: Mapping[str, Any
     if marked is not None:
         return _as_told(candidate, "marked", marked)
     for rule in rules:
+        if rule.algorithm == "muon" and candidate.param.ndim < 2:
+            continue  # the bias beside a weight that the rule is about
         if rule.matches(candidate.names):
             return _as_told(candidate, f"rule {rule.pattern!r}", vars(rule))
     if group.get("split_sizes") or group.get("num_heads") or group.get("transposed"):
@@ -166,7 +172,7 @@ def _as_told(candidate: Candidate, rule: str, options: Mapping[str, Any]) -> Rou
             transposed=options.get("transposed", False),
         )
     except ValueError as error:
-        raise ValueError(f"{candidate.names[0]!r} of shape {tuple(candidate.param.shape)}: {error}") from None
+        raise ValueError(f"{candidate.names[0]!r} of shape {tuple(candidate.param.shape)}, {rule}: {error}") from None
 
 
 def _muon(
@@ -209,9 +215,22 @@ def _is_transposed(candidate: Candidate) -> bool:
 
 
 _EMBEDDING_NAME = re.compile(
-    r"(^|[._])(embed|embedding|embeddings|wte|wpe|pos_embed|embed_tokens)([._]|$)", re.IGNORECASE
+    r"(^|[._])(embed|embedding|embeddings|wte|wpe|pos_emb|pos_embed|embed_tokens)([._]|$)", re.IGNORECASE
 )
-_HEAD_NAMES = frozenset({"lm_head", "output", "head", "classifier", "unembed", "unembedding", "embed_out"})
+_HEAD_NAMES = frozenset(
+    {
+        "lm_head",
+        "output",
+        "head",
+        "classifier",
+        "unembed",
+        "unembedding",
+        "embed_out",
+        "logits",
+        "to_logits",
+        "proj_out",
+    }
+)
 _FUSED_QKV_NAMES = frozenset({"qkv", "qkv_proj", "wqkv", "c_attn", "in_proj", "query_key_value"})
 _FUSED_GATE_UP_NAMES = frozenset({"gate_up_proj", "w13"})
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lightning.fabric.plugins.precision import MixedPrecision
 from lightning.fabric.strategies.ddp import DDPStrategy
 from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_muon.sharding.clipping import clip_grad_norm_
-from lightning_muon.sharding.precision import refuse_loss_scaling
+from lightning_muon.sharding.precision import refuse_float16
 from lightning_muon.sharding.zero1 import Zero1, require_muon
 
 if TYPE_CHECKING:
@@ -41,8 +40,7 @@ class MuonZero1Strategy(DDPStrategy):
     @property
     def _sharding(self) -> Zero1:
         if self._zero1 is None:  # only now do the processes exist
-            if isinstance(self.precision, MixedPrecision):
-                refuse_loss_scaling(self.precision.scaler, f"fabric.{type(self).__name__}")
+            refuse_float16(self.precision, f"fabric.{type(self).__name__}")
             self._zero1 = Zero1(f"fabric.{type(self).__name__}")
         return self._zero1
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities import rank_zero_info
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -15,7 +14,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_muon.sharding.clipping import clip_grad_norm_
-from lightning_muon.sharding.precision import refuse_loss_scaling
+from lightning_muon.sharding.precision import refuse_float16
 from lightning_muon.sharding.zero1 import Zero1, require_muon
 
 if TYPE_CHECKING:
@@ -53,8 +52,7 @@ class MuonZero1Strategy(DDPStrategy):
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
-        if isinstance(self.precision_plugin, MixedPrecision):
-            refuse_loss_scaling(self.precision_plugin.scaler, "MuonZero1Strategy")
+        refuse_float16(self.precision_plugin, type(self).__name__)
         # The Trainer clips through the precision plugin, whatever its class; only its norm has to be another.
         self.precision_plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
         super().setup(trainer)

@@ -76,9 +76,10 @@ class OwnershipPlan:
         """The plan in a line: state per rank, and how uneven work and state are."""
         mean_bytes, mean_flops = sum(self.state_bytes) / self.world_size, sum(self.flops) / self.world_size
         return (
-            f"{len(self.slices)} parameters, {self.world_size} processes, {mean_bytes / 2**20:.2f} MiB of state each"
-            f" (largest / mean {max(self.state_bytes) / (mean_bytes or 1):.2f}), orthogonalisation"
-            + (f" largest / mean {max(self.flops) / mean_flops:.2f}" if mean_flops else ": nothing")
+            f"{len(self.slices)} parameters, number of processes {self.world_size},"
+            f" {mean_bytes / 2**20:.2f} MiB of state each (largest / mean"
+            f" {max(self.state_bytes) / (mean_bytes or 1):.2f}), orthogonalisation"
+            + (f" work largest / mean {max(self.flops) / mean_flops:.2f}" if mean_flops else ": nothing")
         )
 
     def digest(self) -> str:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import torch
-
-__all__ = ["refuse_loss_scaling"]
+__all__ = ["refuse_float16"]
 
 
-def refuse_loss_scaling(scaler: torch.amp.GradScaler | None, strategy: str) -> None:
-    """Refuse a gradient scaler: each rank would decide by itself whether to skip a step.
+def refuse_float16(plugin: object, strategy: str) -> None:
+    """Refuse a precision plugin in float16: with a scaler, each rank would decide by itself whether to skip a step;
+    without one, gradients overflow.
 
     Raises:
-        ValueError: There is a scaler.
+        ValueError: The plugin computes in float16.
     """
-    if scaler is not None:
+    precision = str(getattr(plugin, "precision", ""))
+    if getattr(plugin, "scaler", None) is not None or precision in ("16-mixed", "16-true"):
         raise ValueError(
-            f"{strategy} does not support precision='16-mixed' yet: the scaler decides on each rank by itself whether"
-            " to skip a step. Use 'bf16-mixed', 'bf16-true' or '32-true'."
+            f"{strategy} does not support precision={precision!r} yet: whether a step overflows must be decided for"
+            " all processes together. Use 'bf16-mixed', 'bf16-true' or '32-true'."
         )

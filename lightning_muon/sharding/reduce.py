@@ -51,11 +51,9 @@ class GradientReducer:
         self._modules: list[DistributedDataParallel] = []
         self._module_of: dict[nn.Parameter, DistributedDataParallel] = {}
         self._modules_checked = 0
-        # Parameters whose gradient is an average by now; averages set aside during another backward; modules whose
-        # last backward left its gradients where they were computed.
+        # Parameters whose gradient is an average by now, and averages set aside during another backward.
         self._reduced: set[nn.Parameter] = set()
         self._set_aside: dict[nn.Parameter, list[Tensor]] = {}
-        self._incomplete: set[DistributedDataParallel] = set()
 
     def attach(self, module: DistributedDataParallel) -> None:
         """Reduce this module's gradients; before its first backward."""
@@ -87,9 +85,6 @@ class GradientReducer:
 
     def after_backward(self) -> None:
         """Join what ``before_backward`` has set aside, except for modules that still accumulate locally."""
-        averaged = {self._module_of[param] for param in self._reduced}
-        self._incomplete -= averaged
-        self._incomplete |= {module for module in self._modules if not module.require_backward_grad_sync}
         for param in list(self._set_aside):
             if not self._module_of[param].require_backward_grad_sync:
                 continue
@@ -106,11 +101,14 @@ class GradientReducer:
             self._set_aside.pop(param, None)
 
     def check_complete(self, params: Iterable[nn.Parameter]) -> None:
-        """Raise if the last backward of one of these parameters left its gradient on the ranks that computed it."""
-        if self.world_size > 1 and any(self._module_of.get(param) in self._incomplete for param in params):
+        """Raise if one of these parameters has a gradient that has not been averaged over the ranks."""
+        if self.world_size > 1 and any(param.grad is not None and param not in self._reduced for param in params):
             raise RuntimeError(
-                "optimizer.step() on gradients that were not synchronised: the last backward before it ran under"
-                " no_backward_sync (or no_sync). Leave the last micro-batch of each step out of it."
+                "optimizer.step() on gradients that were not averaged over the processes. Either the last backward"
+                " ran under no_backward_sync (or no_sync): leave the last micro-batch of each step out of it. Or it"
+                " was loss.backward(): call self.manual_backward(loss), or fabric.backward(loss). Or some parameters"
+                " take no part in the loss, and the others wait for them: use"
+                " strategy='muon_zero1_find_unused_parameters_true'."
             )
 
     def _check_owners(self) -> None:

@@ -122,7 +122,7 @@ def step_without_synchronised_gradients():
     training = ShardedTraining(model, optimizer)
     with training.module.no_sync():
         training.backward(training(torch.zeros(2, 3, dtype=torch.int64)).sum())
-    with pytest.raises(RuntimeError, match="not synchronised"):
+    with pytest.raises(RuntimeError, match="not averaged"):
         optimizer.step()
     with pytest.raises(RuntimeError, match="consolidate_state_dict"):
         optimizer.state_dict()
@@ -207,7 +207,7 @@ def completeness_is_per_module():
         backward(zero1, b)
     backward(zero1, a)
     opt_a.step()  # complete
-    with pytest.raises(RuntimeError, match="not synchronised"):
+    with pytest.raises(RuntimeError, match="not averaged"):
         opt_b.step()
     backward(zero1, b)
     opt_b.step()

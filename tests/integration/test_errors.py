@@ -75,11 +75,37 @@ def nan_in_one_parameter_under_clipping():
     assert named in ("model.norm.weight", "parameters of another process")
 
 
+def raw_backward_in_the_trainer():
+    class Raw(AwkwardLightningModule):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            self.model.loss(self._share(self.batches[0])).backward()
+            self.optimizers().step()
+
+    with pytest.raises(RuntimeError, match=r"call self\.manual_backward\(loss\)"):
+        trainer().fit(Raw())
+
+
+class _Unused(AwkwardLightningModule):
+    def __init__(self):
+        super().__init__()
+        self.unused = torch.nn.Linear(2, 2)
+
+
+def unused_parameter():
+    with pytest.raises(RuntimeError, match="muon_zero1_find_unused_parameters_true"):
+        trainer().fit(_Unused())
+    module = _Unused()
+    trainer(strategy="muon_zero1_find_unused_parameters_true").fit(module)
+    assert all(param.isfinite().all() for param in module.parameters())
+
+
 def loss_scaling():
     scaler = torch.amp.GradScaler("cpu")
-    plugin = pl_precision.MixedPrecision("16-mixed", "cpu", scaler)
-    with pytest.raises(ValueError, match="bf16-mixed"):
-        trainer(plugins=[PoolEnvironment(), plugin]).fit(AwkwardLightningModule())
+    for plugin in (pl_precision.MixedPrecision("16-mixed", "cpu", scaler), pl_precision.HalfPrecision("16-true")):
+        with pytest.raises(ValueError, match="bf16-mixed"):
+            trainer(plugins=[PoolEnvironment(), plugin]).fit(AwkwardLightningModule())
     plugins = [PoolEnvironment(), fabric_precision.MixedPrecision("16-mixed", "cpu", scaler)]
     fabric = L.Fabric(accelerator="cpu", devices=2, strategy="muon_zero1", plugins=plugins)
     fabric.launch()
@@ -97,6 +123,8 @@ def loss_scaling():
         nan_in_training,
         nan_in_one_parameter_under_clipping,
         loss_scaling,
+        raw_backward_in_the_trainer,
+        unused_parameter,
     ],
 )
 def test_every_rank_raises(check):

@@ -91,6 +91,17 @@ def test_rules_come_first_and_must_match():
         lm.Muon(module, rules=[lm.Rule("ruoter")])
 
 
+def test_a_rule_about_a_weight_passes_over_its_bias():
+    found = routes(Net(qkv=nn.Linear(6, 12)), rules=[lm.Rule("qkv", split_sizes=(6, 3, 3))])
+    assert found["qkv.weight"].layout.describe() == "(6, 6), 2 x (3, 6)"
+    assert found["qkv.bias"].algorithm == "adamw"
+
+
+def test_a_pattern_that_is_none_is_refused():
+    with pytest.raises(ValueError, match=r"lm\.Rule\('a\[' ?\) is no regular expression"):
+        lm.Rule("a[")
+
+
 def test_marks_and_group_options():
     module = Net(q=nn.Linear(6, 8, bias=False), k=nn.Linear(6, 4, bias=False))
     lm.mark(module.q.weight, num_heads=4)
@@ -122,7 +133,7 @@ def test_heads_of_grouped_query_attention():
     ],
 )
 def test_options_that_do_not_fit_are_refused(rule):
-    with pytest.raises(ValueError, match=r"'q\.weight' of shape \(8, 6\)"):
+    with pytest.raises(ValueError, match=r"'q\.weight' of shape \(8, 6\), rule 'q'"):
         lm.Muon(Net(q=nn.Linear(6, 8, bias=False)), rules=[rule])
 
 
