@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -162,13 +162,15 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._partition.finish_publishing()
         self._partition.check_gradients()
         self._create_state()
         self._consolidated.clear()
         self._update_records = []
         if self._may_step():
-            self._update_weights()
-            self._partition.publish()
+            for number, names in enumerate(self._partition.stages([name for name, _ in self.named_parameters()])):
+                self._update_weights(set(names))
+                self._partition.publish(number)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -176,20 +178,21 @@ class Muon(Optimizer):
         super().zero_grad(set_to_none)
         self._partition.forget_gradients()
 
-    def _owned(self, group: dict[str, Any]) -> Iterator[OwnedParameter]:
+    def _owned(self, group: dict[str, Any], names: Container[str]) -> Iterator[OwnedParameter]:
         for name, param in zip(group["param_names"], group["params"], strict=True):
             ranges = self.local_ranges(name, param)
-            if param.grad is not None and ranges:
+            if name in names and param.grad is not None and ranges:
                 yield OwnedParameter(name, param, self.state[param], ranges, group)
 
-    def _update_weights(self) -> None:
+    def _update_weights(self, names: Container[str]) -> None:
         matrices = []
         for group in self.param_groups:
+            owned = list(self._owned(group, names))
             if group["algorithm"] == "adamw":
-                step_adamw(group, list(self._owned(group)))
+                step_adamw(group, owned)
             else:
-                matrices += [(parameter, self._layout(parameter.name)) for parameter in self._owned(group)]
-        self._update_records = step_muon(matrices)  # all groups together: same shapes are batched across them
+                matrices += [(parameter, self._layout(parameter.name)) for parameter in owned]
+        self._update_records += step_muon(matrices)  # all groups together: same shapes are batched across them
 
     def _layout(self, name: str) -> MatrixLayout:
         layout = self.routes[name].layout

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -18,6 +18,9 @@ class Partition(Protocol):
 
     Every process has the same parameters by name, shape and dtype, in any order, and calls ``maximum``,
     ``total``, ``publish`` and ``consolidate`` in the same order.
+
+    A step updates the parameters stage by stage and publishes each stage, so that the others can have it while this
+    process goes on. When a new step begins, everything of the last one has arrived.
     """
 
     @property
@@ -47,8 +50,14 @@ class Partition(Protocol):
     def total(self, values: Tensor) -> Tensor:
         """The element-wise sum over the processes, in place."""
 
-    def publish(self) -> None:
-        """Bring what each process has updated to all of them."""
+    def stages(self, names: Sequence[str]) -> Sequence[Collection[str]]:
+        """Parameters by name, in the order in which to update them: each in one stage."""
+
+    def publish(self, stage: int) -> None:
+        """Start to bring what each process has updated in this stage to all of them."""
+
+    def finish_publishing(self) -> None:
+        """Wait until everything that was published has arrived."""
 
     def consolidate(self, state: Mapping[str, Mapping[str, Tensor]], to: int) -> NamedState | None:
         """Assemble everybody's state, by parameter name and flat over the whole parameter, on the process ``to``
@@ -80,8 +89,15 @@ class Alone:
         """Nobody to add to."""
         return values
 
-    def publish(self) -> None:
+    def stages(self, names: Sequence[str]) -> Sequence[Collection[str]]:
+        """All at once: the larger the batches, the better."""
+        return [names]
+
+    def publish(self, stage: int) -> None:
         """Nobody to tell."""
+
+    def finish_publishing(self) -> None:
+        """Nothing is on its way."""
 
     def consolidate(self, state: Mapping[str, Mapping[str, Tensor]], to: int) -> NamedState | None:
         """The state is whole as it is."""

@@ -1,104 +1,160 @@
-"""Weights on their way from the owners to everyone, after the step."""
+"""Weights on their way from the owners to everyone: behind the rest of the step, and behind the next forward."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_muon._compat import all_gather_single
+from lightning_muon.sharding.collectives import Gathering
+from lightning_muon.sharding.in_flight import arrive, can_depart, depart
 from lightning_muon.sharding.ownership import Slice
 
 __all__ = ["WeightPublisher"]
 
-# What one rank contributes to one all-gather; bounds the memory of the exchange, whatever the model.
-_CHUNK_BYTES = 16 << 20
+# A stage is closed when some rank's share of it reaches this: small enough to be on its way early, large enough to batch
+# matrices and to fill a link.
+_SHARE_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """Elements ``[start, stop)`` of a parameter, at ``offset`` of its owner's contribution to a chunk."""
+class _Exchange:
+    """Parameters of one dtype and device, gathered together.
 
-    param: nn.Parameter
-    start: int
-    stop: int
-    offset: int
+    Attributes:
+        pieces: For every rank, the `(parameter, start, stop)` that it owns.
+    """
+
+    pieces: tuple[tuple[tuple[nn.Parameter, int, int], ...], ...]
+
+    def sizes(self) -> list[int]:
+        """Elements that each rank sends."""
+        return [sum(stop - start for _, start, stop in owned) for owned in self.pieces]
 
 
 class WeightPublisher:
-    """All-gathers the owned slices of a set of parameters, bit for bit.
-
-    Each rank's slices form one sequence in the order of the parameters; the sequences are cut into chunks of equal
-    size, and every chunk is one all-gather. So only the last chunks are padded, by as much as the
-    ranks' shares differ, and never a bucket by the shape of what happens to be in it.
+    """Gathers the owned slices of a set of parameters, bit for bit, in stages.
 
     Args:
-        slices: Ascending slices of every parameter, in an order that is the same on all ranks.
-        group: The process group; ``None`` is the default one.
+        slices: Ascending slices of every parameter, in the order in which the next forward needs the parameters; the
+            same on all ranks.
+        group: The process group; `None` is the default one.
+        overlap: Whether weights may still be on their way when `publish` returns; whoever reads one then waits
+            for its stage.
+        share_bytes: What a rank sends in one stage, about.
+
+    Attributes:
+        stages: The parameters of each stage.
     """
 
-    def __init__(self, slices: Mapping[nn.Parameter, Iterable[Slice]], group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        slices: Mapping[nn.Parameter, Sequence[Slice]],
+        group: dist.ProcessGroup | None = None,
+        overlap: bool = True,
+        share_bytes: int = _SHARE_BYTES,
+    ) -> None:
         self.group = group
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
-        kinds: dict[tuple[torch.dtype, torch.device], dict[nn.Parameter, Iterable[Slice]]] = {}
-        for param, pieces in slices.items():
-            kinds.setdefault((param.dtype, param.device), {})[param] = pieces
-        self._chunks = [
-            (dtype, device, size, pieces)
-            for (dtype, device), params in kinds.items()
-            for size, pieces in _chunks(params, self.world_size, max(1, _CHUNK_BYTES // dtype.itemsize))
-        ]
+        self.overlap = overlap and all(can_depart(param) for param in slices)
+        self.stages = _stages(slices, self.world_size, share_bytes)
+        self._exchanges = [_exchanges(stage, slices, self.world_size) for stage in self.stages]
+        self._flights: list[_Flight] = []
 
     @torch.no_grad()
-    def publish(self) -> None:
-        """Bring everybody's slices to everybody."""
+    def publish(self, stage: int) -> None:
+        """Send a stage's weights, which this rank has updated, and start to receive the others'."""
         if self.world_size == 1:
             return
-        for dtype, device, size, pieces in self._chunks:
-            sent = torch.zeros(size, dtype=dtype, device=device)
-            for piece in pieces[self.rank]:
-                sent[piece.offset : piece.offset + piece.stop - piece.start] = _read(piece)
-            received = torch.empty(self.world_size * size, dtype=dtype, device=device)
-            all_gather_single(received, sent, group=self.group)
-            for rank, part in enumerate(received.view(self.world_size, size)):
-                if rank != self.rank:
-                    for piece in pieces[rank]:
-                        _write(piece, part[piece.offset : piece.offset + piece.stop - piece.start])
+        flight = _Flight(self, stage)
+        for exchange in self._exchanges[stage]:
+            own = [_flat(param)[start:stop] for param, start, stop in exchange.pieces[self.rank]]
+            param = next(param for owned in exchange.pieces for param, _, _ in owned)
+            sent = torch.cat(own) if own else param.new_empty(0)
+            flight.gatherings.append((exchange, Gathering(sent, exchange.sizes(), self.group)))
+        self._flights.append(flight)
+        if self.overlap:
+            for param in self.stages[stage]:
+                depart(param, flight)
+
+    def finish(self) -> None:
+        """Wait for all weights."""
+        while self._flights:
+            self._flights.pop(0).land()
 
 
-def _chunks(
-    params: Mapping[nn.Parameter, Iterable[Slice]], world_size: int, chunk_elements: int
-) -> list[tuple[int, list[list[_Piece]]]]:
-    """``(elements per rank, pieces of every rank)`` of each chunk."""
-    chunks: list[list[list[_Piece]]] = []
-    filled = [0] * world_size
-    for param, pieces in params.items():
+class _Flight:
+    """A stage on its way."""
+
+    def __init__(self, publisher: WeightPublisher, stage: int) -> None:
+        self.publisher, self.stage = publisher, stage
+        self.gatherings: list[tuple[_Exchange, Gathering]] = []
+        self.has_landed = False
+
+    def land(self) -> None:
+        """Wait for the stage and write it into the parameters."""
+        if self.has_landed:
+            return
+        self.has_landed = True
+        for param in self.publisher.stages[self.stage]:
+            arrive(param)
+        # a forward under inference_mode may be the first to read; the parameters are ordinary tensors all the same
+        with torch.inference_mode(False), torch.no_grad():
+            for exchange, gathering in self.gatherings:
+                for rank, part in enumerate(gathering.wait()):
+                    if rank != self.publisher.rank:
+                        _write(exchange.pieces[rank], part)
+        self.gatherings.clear()
+
+    def seen_by_compiler(self) -> None:
+        """Compiled code checks its parameters' class: it would be compiled again for every step."""
+        self.publisher.overlap = False
+
+
+def _stages(
+    slices: Mapping[nn.Parameter, Sequence[Slice]], world_size: int, share_bytes: int
+) -> list[list[nn.Parameter]]:
+    """Cut the parameters, in their order, where some rank's share reaches `share_bytes`."""
+    stages: list[list[nn.Parameter]] = []
+    filled = [share_bytes]
+    for param, pieces in slices.items():
+        if max(filled) >= share_bytes:
+            stages.append([])
+            filled = [0] * world_size
+        stages[-1].append(param)
         for piece in pieces:
-            start = piece.start
-            while start < piece.stop:
-                number, offset = divmod(filled[piece.owner], chunk_elements)
-                stop = min(piece.stop, start + chunk_elements - offset)
-                while len(chunks) <= number:
-                    chunks.append([[] for _ in range(world_size)])
-                chunks[number][piece.owner].append(_Piece(param, start, stop, offset))
-                filled[piece.owner] += stop - start
-                start = stop
-    sizes = [min(chunk_elements, max(filled) - number * chunk_elements) for number in range(len(chunks))]
-    return list(zip(sizes, chunks, strict=True))
+            filled[piece.owner] += (piece.stop - piece.start) * param.element_size()
+    return stages
 
 
-def _read(piece: _Piece) -> Tensor:
-    return piece.param.detach().reshape(-1)[piece.start : piece.stop]
+def _exchanges(
+    stage: Sequence[nn.Parameter], slices: Mapping[nn.Parameter, Sequence[Slice]], world_size: int
+) -> list[_Exchange]:
+    kinds: dict[tuple[torch.dtype, torch.device], list[list[tuple[nn.Parameter, int, int]]]] = {}
+    for param in stage:
+        pieces = kinds.setdefault((param.dtype, param.device), [[] for _ in range(world_size)])
+        for piece in slices[param]:
+            pieces[piece.owner].append((param, piece.start, piece.stop))
+    return [_Exchange(tuple(map(tuple, pieces))) for pieces in kinds.values()]
 
 
-def _write(piece: _Piece, values: Tensor) -> None:
-    param = piece.param.detach()
-    if param.is_contiguous():
-        param.view(-1)[piece.start : piece.stop] = values
-    else:  # a copy in the parameter's logical order, back through its strides
-        flat = param.reshape(-1)
-        flat[piece.start : piece.stop] = values
-        param.copy_(flat.view_as(param))
+def _flat(param: nn.Parameter) -> Tensor:
+    """`(numel,)` in the parameter's logical order; a copy if it is not contiguous."""
+    return param.detach().reshape(-1)
+
+
+def _write(pieces: Sequence[tuple[nn.Parameter, int, int]], values: Tensor) -> None:
+    """Write the values, one piece after the other, into the parameters."""
+    offset = 0
+    for param, start, stop in pieces:
+        new = values[offset : offset + stop - start]
+        offset += stop - start
+        if param.is_contiguous():
+            param.detach().view(-1)[start:stop] = new
+        else:  # a copy in the logical order, back through the strides
+            flat = _flat(param)
+            flat[start:stop] = new
+            param.detach().copy_(flat.view_as(param))

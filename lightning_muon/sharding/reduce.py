@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_muon.sharding.collectives import sum_onto_owners
 from lightning_muon.sharding.ownership import Slice
 
 __all__ = ["GradientReducer"]
@@ -33,11 +34,9 @@ class _BucketLayout:
 class GradientReducer:
     """The communication hook of ``DistributedDataParallel`` that averages each gradient on its owner only.
 
-    Every rank sends each owner its part of the bucket and receives, for what it owns, everybody's part: one
-    ``all_to_all_single`` with uneven splits, ``(N-1)/N`` of the bucket each way, which is what the reduce-scatter
-    half of DDP's all-reduce sends. (gloo's own ``reduce_scatter_tensor`` sends twice that.) The owner sums in the
-    order of the ranks, in float32 at least, so that the result does not depend on timing. Elsewhere the gradient is
-    set to zero, so that the sum over ranks of anything additive (squares, say) is that of the averaged gradient.
+    Every rank sends each owner its part of the bucket: ``(N-1)/N`` of the bucket each way on average, which is what the
+    reduce-scatter half of DDP's all-reduce sends. Elsewhere the gradient is set to zero, so that the sum over ranks
+    of anything additive (squares, say) is that of the averaged gradient.
 
     Args:
         group: The process group; ``None`` is the default one.
@@ -60,6 +59,10 @@ class GradientReducer:
         self._modules.append(module)
         self._module_of.update(dict.fromkeys(module.parameters(), module))
         module.register_comm_hook(None, self._hook)
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """The parameters of all modules, in their order, which DDP has found to be equal on all ranks."""
+        return self._module_of
 
     def assign(self, slices: Mapping[nn.Parameter, tuple[Slice, ...]]) -> None:
         """Say who owns these parameters."""
@@ -144,28 +147,18 @@ class GradientReducer:
             future.set_result(buffer)
             return future
         layout = self._layout(params)
-        sizes = layout.sizes()
-        own = layout.by_owner[self.rank]
-        runs = [buffer[start:stop] for runs in layout.by_owner for start, stop in runs]
-        sent = torch.cat(runs)
-        received = torch.empty(sizes[self.rank] * self.world_size, dtype=buffer.dtype, device=buffer.device)
-        work = dist.all_to_all_single(
-            received, sent, [sizes[self.rank]] * self.world_size, sizes, group=self.group, async_op=True
-        )
+        sent = torch.cat([buffer[start:stop] for runs in layout.by_owner for start, stop in runs])
 
-        def average(done: torch.futures.Future[list[Tensor]], _keep_alive: Tensor = sent) -> Tensor:
-            done.wait()
-            parts = received.view(self.world_size, -1)
-            exact = torch.promote_types(parts.dtype, torch.float32)
-            mean = parts.sum(dim=0, dtype=exact).div_(self.world_size)
+        def average(done: torch.futures.Future[Tensor]) -> Tensor:
+            mean = done.value().div_(self.world_size)
             buffer.zero_()
             offset = 0
-            for start, stop in own:
+            for start, stop in layout.by_owner[self.rank]:
                 buffer[start:stop] = mean[offset : offset + stop - start]
                 offset += stop - start
             return buffer
 
-        result: torch.futures.Future[Tensor] = work.get_future().then(average)
+        result: torch.futures.Future[Tensor] = sum_onto_owners(sent, layout.sizes(), self.group).then(average)
         return result
 
     def _layout(self, params: list[nn.Parameter]) -> _BucketLayout:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch.distributed as dist
 from torch import Tensor
@@ -92,13 +92,16 @@ class Zero1Partition:
             name: [(piece.start, piece.stop) for piece in slices if piece.owner == reducer.rank]
             for name, slices in self.plan.slices.items()
         }
-        # Ordered by name: the order of an optimizer's parameters may differ between ranks (a set in the user's code).
-        named = sorted(optimizer.named_parameters(), key=lambda pair: pair[0])
+        # The optimizer's own order may differ between ranks (a set in the user's code); DDP checks the module's.
+        position = {param: number for number, param in enumerate(reducer.parameters())}
+        named = sorted(optimizer.named_parameters(), key=lambda pair: (position.get(pair[1], -1), pair[0]))
         self._params = {param: self.plan.slices[name] for name, param in named}
         self._device = named[0][1].device  # Trainer.fit moves the state to the CPU at its end; NCCL stays where it was
         kinds = [(name, param.dtype, tuple(param.shape)) for name, param in named]
         self._check_equal_on_all_ranks(f"{self.plan.digest()} {kinds} nonfinite={optimizer.nonfinite}")
         self._publisher = WeightPublisher(self._params, reducer.group)
+        names = {param: name for name, param in named}
+        self._stages = [[names[param] for param in stage] for stage in self._publisher.stages]
         reducer.assign(self._params)
 
     def _check_equal_on_all_ranks(self, facts: str) -> None:
@@ -134,9 +137,17 @@ class Zero1Partition:
         dist.all_reduce(values, group=self.reducer.group)
         return values
 
-    def publish(self) -> None:
-        """Bring the owners' weights to everyone."""
-        self._publisher.publish()
+    def stages(self, names: Sequence[str]) -> Sequence[Collection[str]]:
+        """The optimizer's parameters, in the order in which the next forward needs them."""
+        return self._stages
+
+    def publish(self, stage: int) -> None:
+        """Start to bring the owners' weights to everyone."""
+        self._publisher.publish(stage)
+
+    def finish_publishing(self) -> None:
+        """Wait until all weights have arrived."""
+        self._publisher.finish()
 
     def consolidate(self, state: Mapping[str, Mapping[str, Tensor]], to: int) -> NamedState | None:
         """Bring everybody's state to one rank."""

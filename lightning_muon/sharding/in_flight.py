@@ -1,0 +1,102 @@
+"""Parameters whose new values are still on their way: whoever reads one waits for it, and for nothing else.
+
+A hook before a module's forward would not do. Attention reads its output projection's weight without calling that
+module, a tied head another module's, an average of the weights all of them from a list; each would silently get last step's
+values. So the wait hangs on the tensor: while it is in flight a parameter has the class `InFlight`, whose
+`__torch_function__` sees every use of it from Python, waits, and gives the class back. (torch itself turns a lazy module's
+`UninitializedParameter` into a `Parameter` like this.)
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Flight", "InFlight", "arrive", "can_depart", "depart"]
+
+# What may be asked of a parameter in flight without waiting: nothing here depends on its values.
+_T = Tensor
+_VALUE_FREE: frozenset[Any] = frozenset(
+    [
+        getattr(_T, name).__get__
+        for name in ("device", "dtype", "grad", "grad_fn", "is_cpu", "is_cuda", "is_leaf", "is_meta", "is_sparse")
+        + ("layout", "ndim", "requires_grad", "shape")
+    ]
+    + [_T.grad.__set__, _T.grad.__delete__]  # type: ignore[attr-defined]
+    + [_T.dim, _T.element_size, _T.is_contiguous, _T.is_floating_point, _T.is_complex, _T.numel, _T.size, _T.stride]
+    + [_T.__hash__, _T.register_hook, _T.register_post_accumulate_grad_hook]
+)
+
+
+class Flight(Protocol):
+    """Parameters that travel together."""
+
+    def land(self) -> None:
+        """Wait, write the new values, and call `arrive`. A second call does nothing."""
+
+    def seen_by_compiler(self) -> None:
+        """The compiler came across one of the parameters."""
+
+
+class InFlight(nn.Parameter):
+    """The class of a parameter in flight."""
+
+    flight: Flight
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Wait for every parameter in flight among the arguments, then do what was wanted."""
+        if func in _VALUE_FREE:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        for param in _in_flight((args, kwargs)):
+            if torch.compiler.is_compiling():
+                param.flight.seen_by_compiler()
+            param.flight.land()
+        return func(*args, **(kwargs or {}))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        self.flight.land()
+        return copy.deepcopy(self, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        self.flight.land()
+        return self.__reduce_ex__(protocol)
+
+
+def _in_flight(arguments: Any) -> Iterator[InFlight]:
+    if isinstance(arguments, InFlight):
+        yield arguments
+    elif isinstance(arguments, (list, tuple)):
+        for argument in arguments:
+            yield from _in_flight(argument)
+    elif isinstance(arguments, dict):
+        yield from _in_flight(tuple(arguments.values()))
+
+
+def can_depart(param: nn.Parameter) -> bool:
+    """Whether the parameter's class leaves `__torch_function__` to us."""
+    return type(param) is nn.Parameter
+
+
+def depart(param: nn.Parameter, flight: Flight) -> None:
+    """From now on every use of the parameter lands the flight."""
+    param.__class__ = InFlight
+    param.flight = flight  # type: ignore[attr-defined]
+
+
+def arrive(param: nn.Parameter) -> None:
+    """The parameter is again what it was."""
+    if isinstance(param, InFlight):
+        del param.flight
+        param.__class__ = nn.Parameter
