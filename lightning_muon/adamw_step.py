@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
 from lightning_muon.owned import OwnedParameter
 from lightning_muon.updates import adamw_
 
@@ -15,34 +13,21 @@ __all__ = ["step_adamw"]
 
 def step_adamw(group: Mapping[str, Any], owned: Sequence[OwnedParameter]) -> None:
     """Update the owned elements of a group's parameters, all at once."""
-    weights = []
-    params, gradients, states = [], [], []
-    for parameter in owned:
-        weight, gradient = parameter.flat()
-        weights.append(weight)
-        for start, stop, offset in parameter.runs():
-            params.append(weight[start:stop])
-            gradients.append(gradient[start:stop])
-            states.append(_run_of(parameter.state, offset, stop - start))
-    if not params:
+    runs_of = [parameter.runs() for parameter in owned]
+    steps = [parameter.state["step"] for parameter, runs in zip(owned, runs_of, strict=True) for _ in runs]
+    runs = [run for runs in runs_of for run in runs]
+    if not runs:
         return
     adamw_(
-        params,
-        gradients,
-        states,
+        [run.weight for run in runs],
+        [run.gradient.to(run.weight.dtype) for run in runs],
+        [{**run.state, "step": step} for run, step in zip(runs, steps, strict=True)],
         lr=group["lr"],
         betas=(group["momentum"], group["betas"][1]),  # schedulers that cycle β₁ change "momentum"
         eps=group["eps"],
         weight_decay=group["weight_decay"],
         maximize=group["maximize"],
     )
-    for parameter, weight in zip(owned, weights, strict=True):
+    for parameter, own in zip(owned, runs_of, strict=True):
         parameter.state["step"] += 1.0
-        parameter.write_back(weight)
-
-
-def _run_of(state: Mapping[str, Any], offset: int, size: int) -> dict[str, Any]:
-    return {
-        key: value.view(-1)[offset : offset + size] if isinstance(value, Tensor) else value
-        for key, value in state.items()
-    }
+        parameter.write_back(own)

@@ -91,7 +91,7 @@ def match(
 
 
 def _check_entries(name: str, param: Tensor, algorithm: str, entries: Mapping[str, Any]) -> None:
-    if set(entries) != _KEYS[algorithm]:
+    if set(entries) - {"master_weight"} != _KEYS[algorithm]:  # whoever has no use for those leaves them
         raise ValueError(f"The saved state of {name!r} has {sorted(entries)}; expected {sorted(_KEYS[algorithm])}.")
     for key, value in entries.items():
         if key != "step" and value.shape != param.shape:

@@ -11,18 +11,20 @@ from torch.optim import Optimizer
 
 from lightning_muon import canonical_state
 from lightning_muon.adamw_step import step_adamw
+from lightning_muon.empty_state import empty_state, is_empty
 from lightning_muon.explain import explain
+from lightning_muon.guard import gradients_are_finite, nonfinite_error
 from lightning_muon.matrices import MatrixLayout
-from lightning_muon.muon_step import UpdateRecord, step_muon
+from lightning_muon.muon_step import MatrixKey, UpdateRecord, idle_matrices, step_muon
 from lightning_muon.owned import OwnedParameter
 from lightning_muon.param_groups import Router, as_param_groups, check_options, unique_name
 from lightning_muon.partition import Alone, NamedState, Partition
 from lightning_muon.routing import Route, Rule
-from lightning_muon.updates import state_dtype
 
 __all__ = ["Muon"]
 
 NonFinite = Literal["raise", "skip", "propagate"]
+IdleMatrices = Literal["skip", "update"]
 
 
 class Muon(Optimizer):
@@ -40,9 +42,9 @@ class Muon(Optimizer):
     ``explain`` shows every decision.
 
     The state exists for every trainable parameter from the first step, ``state_dict()`` or ``load_state_dict()`` on:
-    ``momentum_buffer`` (Muon; float32 at least), ``exp_avg``, ``exp_avg_sq``, ``step`` (AdamW; as torch keeps them).
-    A parameter whose ``grad`` is ``None`` is left alone, as in torch. Every trainable parameter is decayed, vectors
-    too: Moonlight found the decay of RMSNorm's weights crucial for stability.
+    ``momentum_buffer`` (Muon; float32 at least), ``exp_avg``, ``exp_avg_sq``, ``step`` (AdamW; as torch keeps them),
+    and ``master_weight`` where asked for. A parameter whose ``grad`` is ``None`` is left alone, as in torch. Every
+    trainable parameter is decayed, vectors too: Moonlight found the decay of RMSNorm's weights crucial for stability.
 
     Args:
         params: A module; an iterable of ``(name, parameter)``; or groups whose ``"params"`` hold such pairs. A group
@@ -63,10 +65,21 @@ class Muon(Optimizer):
         nonfinite: What to do about a NaN or an infinity in a gradient, decided for all processes together before
             any state is touched. ``"raise"`` a ``FloatingPointError``; ``"skip"`` the step and count it in
             ``skipped_steps``; ``"propagate"`` saves the check, which waits for the device once a step.
+        idle_matrices: What to do with a matrix whose gradient is exactly zero: an expert of a stack that received no
+            token in the whole batch. Newton–Schulz gives every update full size, so what is left of the momentum
+            would go on moving the expert as fast as ever, in a stale direction, for as long as it stays idle.
+            ``"skip"`` leaves its weight and momentum alone, as if its gradient were ``None``, so that experts in a
+            stack fare like experts that are modules of their own. ``"update"`` is what the published equations say,
+            and saves a wait for the device.
+        master_weights: Keep a float32 copy of every 16-bit parameter in the state, update that, and round it into the
+            parameter. Without it (``bf16-true``), steps smaller than half a unit in the last place are lost. Under a
+            sharded strategy only a weight's owner has the copy. Where a parameter was changed from outside since
+            the last step, the copy follows it.
 
     Attributes:
         skipped_steps: Steps left out because of ``nonfinite="skip"``.
-        last_grad_norm: The whole gradient's norm before the last clipping by a sharded strategy; ``None`` before.
+        last_grad_norms: The gradient's norms before the last clipping by a sharded strategy: of ``"all"`` parameters,
+            of those of ``"muon"``, and of ``"adamw"``; empty before.
 
     Raises:
         ValueError: A parameter no rule covers, a rule that matches nothing, or a hyper-parameter out of range.
@@ -90,11 +103,17 @@ class Muon(Optimizer):
         maximize: bool = False,
         rules: Sequence[Rule] = (),
         nonfinite: NonFinite = "raise",
+        idle_matrices: IdleMatrices = "skip",
+        master_weights: bool = False,
     ) -> None:
         if nonfinite not in ("raise", "skip", "propagate"):
             raise ValueError(f"nonfinite={nonfinite!r} is not known; choose 'raise', 'skip' or 'propagate'.")
+        if idle_matrices not in ("skip", "update"):
+            raise ValueError(f"idle_matrices={idle_matrices!r} is not known; choose 'skip' or 'update'.")
         groups, module = as_param_groups(params)
         self.nonfinite = nonfinite
+        self.idle_matrices = idle_matrices
+        self.master_weights = master_weights
         self.skipped_steps = 0
         self._router = Router(rules, module)
         self._adamw_options = {"lr": lr if adamw_lr is None else adamw_lr, "betas": betas, "eps": eps}
@@ -102,7 +121,7 @@ class Muon(Optimizer):
         # Changed in place only: Lightning's wrapper runs these methods with attributes of its own.
         self._consolidated: NamedState = {}
         self._update_records: list[UpdateRecord] = []
-        self.last_grad_norm: Tensor | None = None
+        self.last_grad_norms: dict[str, Tensor] = {}  # in place, too
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -168,9 +187,12 @@ class Muon(Optimizer):
         self._consolidated.clear()
         self._update_records = []
         if self._may_step():
-            for number, names in enumerate(self._partition.stages([name for name, _ in self.named_parameters()])):
-                self._update_weights(set(names))
+            names = [name for name, _ in self.named_parameters()]
+            idle = idle_matrices(self._owned_matrices(names)) if self.idle_matrices == "skip" else frozenset()
+            for number, stage in enumerate(self._partition.stages(names)):
+                self._update_weights(frozenset(stage), idle)
                 self._partition.publish(number)
+        self._partition.end_step()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -184,15 +206,20 @@ class Muon(Optimizer):
             if name in names and param.grad is not None and ranges:
                 yield OwnedParameter(name, param, self.state[param], ranges, group)
 
-    def _update_weights(self, names: Container[str]) -> None:
-        matrices = []
+    def _owned_matrices(self, names: Container[str]) -> list[tuple[OwnedParameter, MatrixLayout]]:
+        return [
+            (parameter, self._layout(parameter.name))
+            for group in self.param_groups
+            if group["algorithm"] == "muon"
+            for parameter in self._owned(group, names)
+        ]
+
+    def _update_weights(self, names: Container[str], idle: Container[MatrixKey]) -> None:
         for group in self.param_groups:
-            owned = list(self._owned(group, names))
             if group["algorithm"] == "adamw":
-                step_adamw(group, owned)
-            else:
-                matrices += [(parameter, self._layout(parameter.name)) for parameter in owned]
-        self._update_records += step_muon(matrices)  # all groups together: same shapes are batched across them
+                step_adamw(group, list(self._owned(group, names)))
+        # the matrices of all groups together: same shapes are batched across them
+        self._update_records += step_muon(self._owned_matrices(names), idle)
 
     def _layout(self, name: str) -> MatrixLayout:
         layout = self.routes[name].layout
@@ -201,26 +228,12 @@ class Muon(Optimizer):
 
     def _may_step(self) -> bool:
         """The policy on gradients that are not finite, the same on every process."""
-        if self.nonfinite == "propagate":
+        if self.nonfinite == "propagate" or gradients_are_finite(self):
             return True
-        gradients = {
-            name: runs for name, param in self.named_parameters() if (runs := self.local_gradients(name, param))
-        }
-        flat = [run for runs in gradients.values() for run in runs]
-        device = self.param_groups[0]["params"][0].device
-        largest = torch.nn.utils.get_total_norm(flat, float("inf")) if flat else torch.zeros((), device=device)
-        is_broken = (~largest.isfinite()).to(device, torch.float32)
-        if not self._partition.maximum(is_broken).item():
-            return True
-        if self.nonfinite == "skip":
-            self.skipped_steps += 1
-            return False
-        names = [name for name, runs in gradients.items() if not all(run.isfinite().all() for run in runs)]
-        raise FloatingPointError(
-            f"Gradients that are not finite, in {', '.join(names) or 'parameters of another process'}. Neither weights"
-            " nor optimizer state have been changed. Look for the cause (learning rate, data, 16-bit overflow), or"
-            " pass nonfinite='skip' to lm.Muon to leave such steps out."
-        )
+        if self.nonfinite == "raise":
+            raise nonfinite_error(self)
+        self.skipped_steps += 1
+        return False
 
     # ------------------------------------------------------------------ what it is made of
 
@@ -254,6 +267,11 @@ class Muon(Optimizer):
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     @property
+    def last_grad_norm(self) -> Tensor | None:
+        """The whole gradient's norm before the last clipping by a sharded strategy."""
+        return self.last_grad_norms.get("all")
+
+    @property
     def partition(self) -> Partition:
         """Who this process shares the work with."""
         return self._partition
@@ -280,8 +298,7 @@ class Muon(Optimizer):
             for name, param in self.named_parameters()
         )
         if not keeps_its_part:
-            values = [value for state in self.state.values() for value in state.values()]
-            if any(bool(value.any()) if isinstance(value, Tensor) else value for value in values):
+            if not all(is_empty(state) for state in self.state.values()):
                 raise RuntimeError(
                     "This optimizer has stepped, or loaded a state, before the strategy set it up. Set it up first"
                     " (fabric.setup, Trainer.fit), then load the checkpoint."
@@ -294,17 +311,9 @@ class Muon(Optimizer):
         """State for every trained parameter, with or without a gradient, so that all processes have the same keys."""
         for name, param in self.named_parameters():
             ranges = self.local_ranges(name, param)
-            if self.state[param] or not ranges:
-                continue
-            size = sum(stop - start for start, stop in ranges)
-            shape = param.shape if size == param.numel() else torch.Size([size])
-            if self.routes[name].algorithm == "muon":
-                dtypes = {"momentum_buffer": state_dtype(param)}
-            else:
-                dtypes = {"exp_avg": param.dtype, "exp_avg_sq": param.dtype}
-                self.state[param]["step"] = 0.0
-            for key, dtype in dtypes.items():
-                self.state[param][key] = torch.zeros(shape, dtype=dtype, device=param.device)
+            if ranges and not self.state[param]:
+                algorithm = self.routes[name].algorithm
+                self.state[param].update(empty_state(param, algorithm, ranges, self.master_weights))
 
     def consolidate_state_dict(self, to: int = 0) -> None:
         """Bring the whole state to the process ``to``, in CPU memory, for the next ``state_dict`` there.
@@ -347,7 +356,8 @@ class Muon(Optimizer):
         self._consolidated.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("nonfinite", "skipped_steps", "last_grad_norm", "_router", "_adamw_options", "_partition")
+        policies = ("nonfinite", "idle_matrices", "master_weights")
+        own = (*policies, "skipped_steps", "last_grad_norms", "_router", "_adamw_options", "_partition")
         state: dict[str, Any] = super().__getstate__()
         return {
             **state,

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_muon.matrices import MatrixLayout
+from lightning_muon.matrices import MatrixBlock, MatrixLayout
 from lightning_muon.orthogonalize import orthogonalize
-from lightning_muon.owned import OwnedParameter
+from lightning_muon.owned import OwnedParameter, Run
 from lightning_muon.updates import apply_update_, momentum_, update_scale
 
-__all__ = ["MatrixKey", "UpdateRecord", "step_muon"]
+__all__ = ["MatrixKey", "UpdateRecord", "idle_matrices", "step_muon"]
 
 MatrixKey = tuple[str, int]
 
@@ -55,48 +55,70 @@ class UpdateRecord:
     square_sums: Tensor
 
 
-def step_muon(owned: Iterable[tuple[OwnedParameter, MatrixLayout]]) -> list[UpdateRecord]:
+def step_muon(
+    owned: Iterable[tuple[OwnedParameter, MatrixLayout]], idle: Container[MatrixKey] = ()
+) -> list[UpdateRecord]:
     """Update the owned matrices of all parameters.
 
     Args:
         owned: Parameters with their matrices; a parameter's ranges hold whole blocks of its layout.
+        idle: Matrices to leave alone, momentum and weight.
 
     Returns:
         What the updates were.
     """
     matrices: list[_OwnedMatrix] = []
-    weights = []
+    runs_of = []
     for parameter, layout in owned:
-        weight, gradient = parameter.flat()
-        weights.append((parameter, weight))
-        matrices += _advance_momentum(parameter, layout, weight, gradient)
+        runs = parameter.runs()
+        runs_of.append((parameter, runs))
+        matrices += _advance_momentum(parameter, layout, runs, idle)
     records = _update(matrices)
-    for parameter, weight in weights:
-        parameter.write_back(weight)
+    for parameter, runs in runs_of:
+        parameter.write_back(runs)
     return records
 
 
+def idle_matrices(owned: Iterable[tuple[OwnedParameter, MatrixLayout]]) -> frozenset[MatrixKey]:
+    """The matrices whose gradient is exactly zero. Waits for the device, once."""
+    keys, any_gradient = [], []
+    for parameter, layout in owned:
+        for run in parameter.runs():
+            for key, block, place in _matrices_of(parameter, layout, run):
+                keys.append(key)
+                any_gradient.append(block.views(run.gradient, run.start)[place].any())
+    if not keys:
+        return frozenset()
+    is_active = torch.stack([flag.to(any_gradient[0].device) for flag in any_gradient]).tolist()
+    return frozenset(key for key, active in zip(keys, is_active, strict=True) if not active)
+
+
+def _matrices_of(
+    parameter: OwnedParameter, layout: MatrixLayout, run: Run
+) -> Iterator[tuple[MatrixKey, MatrixBlock, int]]:
+    """Key of every matrix in a run, the block that holds it, and its place in the block."""
+    for block in layout.blocks():
+        if run.start <= block.start < run.stop:
+            for place in range(len(block.cuts)):
+                yield (parameter.name, block.index + place), block, place
+
+
 def _advance_momentum(
-    parameter: OwnedParameter, layout: MatrixLayout, weight: Tensor, gradient: Tensor
+    parameter: OwnedParameter, layout: MatrixLayout, runs: Sequence[Run], idle: Container[MatrixKey]
 ) -> Iterator[_OwnedMatrix]:
-    """Advance the momentum of the owned ranges and yield their matrices. ``weight``, ``gradient``: ``(numel,)``."""
-    group, buffer = parameter.group, parameter.state["momentum_buffer"].view(-1)
-    for start, stop, offset in parameter.runs():
-        run = gradient[start:stop]
-        fed = momentum_(
-            buffer[offset : offset + stop - start],
-            run.neg() if group["maximize"] else run,
-            group["momentum"],
-            group["nesterov"],
-        )
-        for block in layout.blocks():
-            if not start <= block.start < stop:
+    """Advance the momentum of the owned matrices and yield what is to be orthogonalised."""
+    group = parameter.group
+    for run in runs:
+        gradient = run.gradient.neg() if group["maximize"] else run.gradient
+        for key, block, place in _matrices_of(parameter, layout, run):
+            if key in idle:
                 continue
-            views = zip(block.views(weight), block.views(fed, start), strict=True)
-            for number, (matrix, input_) in enumerate(views, start=block.index):
-                rows, cols = reversed(matrix.shape) if layout.transposed else matrix.shape
-                scale = update_scale(group["scale"], rows, cols)
-                yield _OwnedMatrix((parameter.name, number), matrix, input_, group, scale)
+            weight, own, buffer = (
+                block.views(flat, run.start)[place] for flat in (run.weight, gradient, run.state["momentum_buffer"])
+            )
+            fed = momentum_(buffer, own, group["momentum"], group["nesterov"])
+            rows, cols = reversed(weight.shape) if layout.transposed else weight.shape
+            yield _OwnedMatrix(key, weight, fed, group, update_scale(group["scale"], rows, cols))
 
 
 def _update(matrices: Iterable[_OwnedMatrix]) -> list[UpdateRecord]:

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_muon.partition import Range
 
-__all__ = ["OwnedParameter"]
+__all__ = ["OwnedParameter", "Run"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Adjacent elements of a parameter.
+
+    Attributes:
+        start, stop: Where they lie in the flattened parameter.
+        weight: `(stop - start,)`, to be updated in place; float32 where the parameter has master weights.
+        gradient: `(stop - start,)`.
+        state: The optimizer state of these elements, `(stop - start,)` each, to be updated in place.
+    """
+
+    start: int
+    stop: int
+    weight: Tensor
+    gradient: Tensor
+    state: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -31,19 +50,36 @@ class OwnedParameter:
     ranges: Sequence[Range]
     group: Mapping[str, Any]
 
-    def flat(self) -> tuple[Tensor, Tensor]:
-        """Weight and gradient, ``(numel,)`` each; the weight is a copy if the parameter is not contiguous."""
+    def runs(self) -> list[Run]:
+        """The owned elements. Call `write_back` with them when their weights are updated."""
         assert self.param.grad is not None
-        return self.param.detach().reshape(-1), self.param.grad.reshape(-1)
-
-    def runs(self) -> Iterator[tuple[int, int, int]]:
-        """``(start, stop, offset)`` per range: where it lies in the parameter and in the state."""
-        offset = 0
+        weight, gradient = self.param.detach().reshape(-1), self.param.grad.reshape(-1)
+        runs, offset = [], 0
         for start, stop in self.ranges:
-            yield start, stop, offset
+            state = {
+                key: value.view(-1)[offset : offset + stop - start]
+                for key, value in self.state.items()
+                if isinstance(value, Tensor)
+            }
+            own = weight[start:stop]
+            if "master_weight" in state:
+                own = _follow_(state["master_weight"], own)
+            runs.append(Run(start, stop, own, gradient[start:stop], state))
             offset += stop - start
+        return runs
 
-    def write_back(self, weight: Tensor) -> None:
-        """Bring the weight of ``flat`` into the parameter, if it was a copy."""
-        if not self.param.is_contiguous():
-            self.param.copy_(weight.view_as(self.param))
+    def write_back(self, runs: Sequence[Run]) -> None:
+        """Bring the weights of `runs` into the parameter, as far as they are no views of it."""
+        if self.param.is_contiguous():
+            if "master_weight" in self.state:
+                flat = self.param.detach().view(-1)
+                for run in runs:
+                    flat[run.start : run.stop] = run.weight
+        else:  # a copy in the logical order, back through the strides
+            self.param.copy_(torch.cat([run.weight for run in runs]).view_as(self.param))
+
+
+def _follow_(master: Tensor, weight: Tensor) -> Tensor:
+    """Where a weight is not what its master rounds to, somebody has set it (a loaded model, a clipped projection): the
+    master takes it over, in place."""
+    return torch.where(weight == master.to(weight.dtype), master, weight.to(master.dtype), out=master)

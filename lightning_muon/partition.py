@@ -31,7 +31,7 @@ class Partition(Protocol):
         """The runs of elements of a parameter that this process updates and keeps the state of, ascending."""
 
     def check_gradients(self) -> None:
-        """Raise if the gradients of this step are not yet where they belong."""
+        """Settle which gradients take part in the step, and raise if they are not yet where they belong."""
 
     @property
     def rank(self) -> int:
@@ -58,6 +58,9 @@ class Partition(Protocol):
 
     def finish_publishing(self) -> None:
         """Wait until everything that was published has arrived."""
+
+    def end_step(self) -> None:
+        """The gradients have been used, and everything is published."""
 
     def consolidate(self, state: Mapping[str, Mapping[str, Tensor]], to: int) -> NamedState | None:
         """Assemble everybody's state, by parameter name and flat over the whole parameter, on the process ``to``
@@ -98,6 +101,9 @@ class Alone:
 
     def finish_publishing(self) -> None:
         """Nothing is on its way."""
+
+    def end_step(self) -> None:
+        """Nothing is kept of them."""
 
     def consolidate(self, state: Mapping[str, Mapping[str, Tensor]], to: int) -> NamedState | None:
         """The state is whole as it is."""

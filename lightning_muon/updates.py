@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-__all__ = ["SCALES", "adamw_", "apply_update_", "momentum_", "state_dtype", "update_scale"]
+__all__ = ["SCALES", "adamw_", "apply_update_", "momentum_", "state_dtypes", "update_scale"]
 
 SCALES = ("match_rms_adamw", "original", "spectral")
 
@@ -31,10 +31,23 @@ def update_scale(scale: str, rows: int, cols: int) -> float:
     raise ValueError(f"scale={scale!r} is not known; choose one of {', '.join(SCALES)}.")
 
 
-def state_dtype(param: Tensor) -> torch.dtype:
-    """float32 at least. Newton–Schulz lifts the small directions of the momentum to full size, and with them
-    whatever noise a 16-bit momentum would have gathered there."""
-    return torch.promote_types(param.dtype, torch.float32)
+def state_dtypes(algorithm: str, dtype: torch.dtype, master_weights: bool) -> dict[str, torch.dtype]:
+    """What an algorithm keeps of every element of a parameter, and in which dtype.
+
+    The momentum is float32 at least: Newton–Schulz lifts its small directions to full size, and with them whatever
+    noise a 16-bit momentum would have gathered there. AdamW's averages have the dtype of the weight that is updated.
+
+    Args:
+        algorithm: `"muon"` or `"adamw"`.
+        dtype: The parameter's.
+        master_weights: Keep a float32 copy of 16-bit parameters.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    master = {"master_weight": wide} if master_weights and dtype != wide else {}
+    if algorithm == "muon":
+        return {"momentum_buffer": wide, **master}
+    average = wide if master else dtype
+    return {"exp_avg": average, "exp_avg_sq": average, **master}
 
 
 def momentum_(buffer: Tensor, gradient: Tensor, momentum: float, nesterov: bool) -> Tensor:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_muon.sharding.zero1 import Zero1
+from lightning_muon.sharding.zero1 import Zero1, Zero1Options
+
+# The models are small: with the default, all their weights would be one stage.
+MANY_STAGES = {"gather_mb": 0.0005}
 
 
 class Training:
@@ -26,10 +29,11 @@ class Training:
 class ShardedTraining(Training):
     """All processes of the group: DistributedDataParallel with ZeRO-1."""
 
-    def __init__(self, module, optimizer, zero1=None, **ddp_options):
-        super().__init__(DistributedDataParallel(module, **ddp_options), optimizer)
+    def __init__(self, module, optimizer, zero1=None, options=None, **ddp_options):
+        options = Zero1Options(**MANY_STAGES, **(options or {}))
+        super().__init__(DistributedDataParallel(module, **options.ddp_options(ddp_options)), optimizer)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.zero1 = zero1 or Zero1("test")
+        self.zero1 = zero1 or Zero1("test", options)
         self.zero1.attach(self.module)
         self.zero1.adopt([optimizer])
 

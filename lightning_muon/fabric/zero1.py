@@ -13,9 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_muon.sharding.clipping import clip_grad_norm_
-from lightning_muon.sharding.precision import refuse_float16
-from lightning_muon.sharding.zero1 import Zero1, require_muon
+from lightning_muon.sharding.clipping import ClipScope, clip_grad_norm_
+from lightning_muon.sharding.missing import MissingPolicy
+from lightning_muon.sharding.precision import share_overflows
+from lightning_muon.sharding.zero1 import Zero1, Zero1Options, require_muon
 
 if TYPE_CHECKING:
     from lightning.fabric.strategies.registry import _StrategyRegistry
@@ -30,18 +31,32 @@ class MuonZero1Strategy(DDPStrategy):
     gradient and returns it.
 
     Args:
-        **kwargs: Those of ``lightning.fabric.strategies.DDPStrategy``.
+        overlap, gather_mb, missing_gradients, clip_scope: See ``lightning_muon.sharding.zero1.Zero1Options``.
+        **kwargs: Those of ``lightning.fabric.strategies.DDPStrategy``. ``gradient_as_bucket_view`` is ``True`` unless
+            said otherwise, which saves a copy of the gradients.
+
+    Raises:
+        ValueError: An option is out of range.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(
+        self,
+        *,
+        overlap: bool = True,
+        gather_mb: float = 8.0,
+        missing_gradients: MissingPolicy | None = None,
+        clip_scope: ClipScope = "all",
+        **kwargs: Any,
+    ) -> None:
+        self._options = Zero1Options(overlap, gather_mb, missing_gradients, clip_scope)
+        super().__init__(**self._options.ddp_options(kwargs))
         self._zero1: Zero1 | None = None
 
     @property
     def _sharding(self) -> Zero1:
         if self._zero1 is None:  # only now do the processes exist
-            refuse_float16(self.precision, f"fabric.{type(self).__name__}")
-            self._zero1 = Zero1(f"fabric.{type(self).__name__}")
+            share_overflows(self.precision, f"fabric.{type(self).__name__}")
+            self._zero1 = Zero1(f"fabric.{type(self).__name__}", self._options)
         return self._zero1
 
     @override
@@ -74,11 +89,13 @@ class MuonZero1Strategy(DDPStrategy):
         """Clip by the norm of the whole gradient of the optimizer's parameters; returns that norm, on every rank.
 
         Fabric's default ``error_if_nonfinite=True`` raises before the optimizer's own policy (``nonfinite="skip"``)
-        can act; pass ``False`` to leave it the decision.
+        can act; pass ``False`` to leave it the decision. With ``16-mixed`` it is the scaler's in any case.
         """
         self.precision.unscale_gradients(optimizer)
         muon = require_muon(optimizer, f"fabric.{type(self).__name__}")
-        return clip_grad_norm_(muon, float(max_norm), float(norm_type), error_if_nonfinite)
+        if getattr(self.precision, "scaler", None) is not None:
+            error_if_nonfinite = False
+        return clip_grad_norm_(muon, float(max_norm), float(norm_type), error_if_nonfinite, self._options.clip_scope)
 
     @classmethod
     @override

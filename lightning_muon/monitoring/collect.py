@@ -26,6 +26,8 @@ Mode = Literal["brief", "detailed"]
 _Source = Callable[[Muon, Sequence[Measured]], list[Tensor]]
 _Values = tuple[float, list[float]]
 
+_GRAD_NORM_KEYS = {"all": "muon/grad_norm", "muon": "muon/grad_norm_muon", "adamw": "muon/grad_norm_adamw"}
+
 
 @dataclass(frozen=True)
 class Request:
@@ -106,9 +108,10 @@ def collect(
     for request in requests:
         for family in request.families:
             _fill(collection, request, family, measured, results[FAMILIES[family].source])
-    norms = [optimizer.last_grad_norm for optimizer in optimizers if optimizer.last_grad_norm is not None]
-    if norms:
-        collection.values["muon/grad_norm"] = torch.linalg.vector_norm(torch.stack(norms)).item()
+    for which, key in _GRAD_NORM_KEYS.items():
+        norms = [optimizer.last_grad_norms[which] for optimizer in optimizers if which in optimizer.last_grad_norms]
+        if norms:
+            collection.values[key] = torch.linalg.vector_norm(torch.stack(norms)).item()
     return collection
 
 

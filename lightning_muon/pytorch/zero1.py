@@ -13,9 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_muon.sharding.clipping import clip_grad_norm_
-from lightning_muon.sharding.precision import refuse_float16
-from lightning_muon.sharding.zero1 import Zero1, require_muon
+from lightning_muon.sharding.clipping import ClipScope, clip_grad_norm_
+from lightning_muon.sharding.missing import MissingPolicy
+from lightning_muon.sharding.precision import share_overflows
+from lightning_muon.sharding.zero1 import Zero1, Zero1Options, require_muon
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -32,14 +33,24 @@ class MuonZero1Strategy(DDPStrategy):
     element. Together the ranks send what DDP sends, and hold one copy of the optimizer state.
 
     Args:
+        overlap, gather_mb, missing_gradients, clip_scope: See ``lightning_muon.sharding.zero1.Zero1Options``.
         **kwargs: Those of ``lightning.pytorch.strategies.DDPStrategy``, without its communication hooks and
-            model averaging.
+            model averaging. ``gradient_as_bucket_view`` is ``True`` unless said otherwise, which saves a copy of the
+            gradients.
 
     Raises:
-        ValueError: A DDP communication hook or model averaging was asked for.
+        ValueError: A DDP communication hook or model averaging was asked for, or an option is out of range.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        overlap: bool = True,
+        gather_mb: float = 8.0,
+        missing_gradients: MissingPolicy | None = None,
+        clip_scope: ClipScope = "all",
+        **kwargs: Any,
+    ) -> None:
         taken = ("ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period")
         for name in taken:
             if kwargs.get(name) is not None:
@@ -47,12 +58,13 @@ class MuonZero1Strategy(DDPStrategy):
                     f"MuonZero1Strategy({name}=...): the strategy reduces gradients to their owners in DDP's"
                     " communication hook, so there is no room for another. Leave the argument out."
                 )
-        super().__init__(**kwargs)
+        self._options = Zero1Options(overlap, gather_mb, missing_gradients, clip_scope)
+        super().__init__(**self._options.ddp_options(kwargs))
         self._zero1: Zero1 | None = None
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
-        refuse_float16(self.precision_plugin, type(self).__name__)
+        share_overflows(self.precision_plugin, type(self).__name__)
         # The Trainer clips through the precision plugin, whatever its class; only its norm has to be another.
         self.precision_plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
         super().setup(trainer)
@@ -61,7 +73,7 @@ class MuonZero1Strategy(DDPStrategy):
     def configure_ddp(self) -> None:
         super().configure_ddp()
         assert isinstance(self.model, DistributedDataParallel)
-        self._zero1 = Zero1(type(self).__name__)
+        self._zero1 = Zero1(type(self).__name__, self._options)
         self._zero1.attach(self.model)
 
     @override
@@ -84,7 +96,7 @@ class MuonZero1Strategy(DDPStrategy):
 
     def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         bare = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        clip_grad_norm_(require_muon(bare, type(self).__name__), clip_val)
+        clip_grad_norm_(require_muon(bare, type(self).__name__), clip_val, scope=self._options.clip_scope)
 
     @override
     def teardown(self) -> None:

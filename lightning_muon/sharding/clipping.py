@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_muon.muon import Muon
 
-__all__ = ["clip_grad_norm_", "grad_norm"]
+__all__ = ["ClipScope", "clip_grad_norm_", "grad_norm", "grad_norms"]
+
+ClipScope = Literal["all", "adamw", "none"]
+_ALGORITHMS = ("muon", "adamw")
 
 
 @torch.no_grad()
-def grad_norm(optimizer: Muon, norm_type: float = 2.0) -> Tensor:
-    """The norm of the whole averaged gradient, equal on every process, after backward.
+def grad_norms(optimizer: Muon, norm_type: float = 2.0) -> dict[str, Tensor]:
+    """The norms of the averaged gradient, equal on every process, after backward: of ``"all"`` parameters, of those
+    that ``"muon"`` updates, and of those that ``"adamw"`` updates.
 
     Under a sharded strategy a process holds the gradient of what it owns, and zeros elsewhere: Lightning's
     ``grad_norm`` and ``torch.nn.utils.clip_grad_norm_`` would see that part only. Every process must call this one.
@@ -24,21 +29,32 @@ def grad_norm(optimizer: Muon, norm_type: float = 2.0) -> Tensor:
         norm_type: The order; ``inf`` for the largest absolute value.
 
     Returns:
-        A float32 scalar.
+        Float32 scalars.
+
+    Raises:
+        RuntimeError: The gradients have not been averaged over the processes.
     """
-    runs = [run for name, param in optimizer.named_parameters() for run in optimizer.local_gradients(name, param)]
-    device = next(iter(optimizer.named_parameters()))[1].device
-    norms = [torch.linalg.vector_norm(run, norm_type, dtype=torch.float32) for run in runs]
-    local = torch.linalg.vector_norm(torch.stack(norms), norm_type) if norms else torch.zeros((), device=device)
+    optimizer.partition.check_gradients()
+    local = torch.stack([_local_norm(optimizer, algorithm, norm_type) for algorithm in _ALGORITHMS])
     if math.isinf(norm_type):
-        return optimizer.partition.maximum(local)
-    powers = optimizer.partition.total(local.double() ** norm_type)
-    return (powers ** (1.0 / norm_type)).float()
+        norms = optimizer.partition.maximum(local)
+    else:
+        norms = (optimizer.partition.total(local.double() ** norm_type) ** (1.0 / norm_type)).float()
+    return {"all": torch.linalg.vector_norm(norms, norm_type), **dict(zip(_ALGORITHMS, norms, strict=True))}
+
+
+def grad_norm(optimizer: Muon, norm_type: float = 2.0) -> Tensor:
+    """The norm of the whole averaged gradient, a float32 scalar. See ``grad_norms``."""
+    return grad_norms(optimizer, norm_type)["all"]
 
 
 @torch.no_grad()
 def clip_grad_norm_(
-    optimizer: Muon, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    optimizer: Muon,
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    scope: ClipScope = "all",
 ) -> Tensor:
     """Scale the gradient so that its norm is at most ``max_norm``, as ``torch.nn.utils.clip_grad_norm_`` does.
 
@@ -46,19 +62,48 @@ def clip_grad_norm_(
     weighs in the running averages. A gradient whose norm is not finite is left as it is: scaling would spread the NaN
     to all parameters, and the optimizer's own policy could not say where it comes from.
 
+    Args:
+        optimizer: The optimizer whose parameters are clipped; bare, not wrapped.
+        max_norm: The largest norm to leave.
+        norm_type: The order of the norm.
+        error_if_nonfinite: Raise rather than leave such a gradient to the optimizer.
+        scope: ``"all"`` parameters by their common norm; those of ``"adamw"`` by theirs, so that neither algorithm's
+            gradients shrink the other's; or ``"none"``, to have the norms without clipping.
+
     Returns:
-        The norm before clipping, which ``optimizer.last_grad_norm`` keeps.
+        The norm before clipping of what is clipped, of all for ``"none"``. ``optimizer.last_grad_norms`` keeps all of
+        ``grad_norms``.
 
     Raises:
         RuntimeError: The norm is not finite and ``error_if_nonfinite``; on every process.
+        ValueError: An unknown scope.
     """
-    norm = grad_norm(optimizer, norm_type)
+    if scope not in get_args(ClipScope):
+        raise ValueError(f"clip_scope={scope!r} is not known; choose one of {', '.join(get_args(ClipScope))}.")
+    norms = grad_norms(optimizer, norm_type)
+    norm = norms["adamw" if scope == "adamw" else "all"]
     if error_if_nonfinite and not norm.isfinite():
         raise RuntimeError(
             f"The total norm of order {norm_type} of the gradients is not finite, so they cannot be clipped. Pass"
             " error_if_nonfinite=False to go on all the same."
         )
-    params = [param for _, param in optimizer.named_parameters()]
-    torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm.nan_to_num(nan=0.0, posinf=0.0))
-    optimizer.last_grad_norm = norm
+    if scope != "none":
+        params = _params(optimizer, _ALGORITHMS if scope == "all" else (scope,))
+        torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm.nan_to_num(nan=0.0, posinf=0.0))
+    optimizer.last_grad_norms.update(norms)
     return norm
+
+
+def _params(optimizer: Muon, algorithms: tuple[str, ...]) -> list[nn.Parameter]:
+    return [param for name, param in optimizer.named_parameters() if optimizer.routes[name].algorithm in algorithms]
+
+
+def _local_norm(optimizer: Muon, algorithm: str, norm_type: float) -> Tensor:
+    norms = [
+        torch.linalg.vector_norm(run, norm_type, dtype=torch.float32)
+        for name, param in optimizer.named_parameters()
+        if optimizer.routes[name].algorithm == algorithm
+        for run in optimizer.local_gradients(name, param)
+    ]
+    device = next(optimizer.named_parameters())[1].device
+    return torch.linalg.vector_norm(torch.stack(norms), norm_type) if norms else torch.zeros((), device=device)

@@ -1,8 +1,8 @@
 """The two exchanges of ZeRO-1 where every rank owns a part of its own size: sum onto the owners, and gather from them.
 
 Together they carry what DDP's all-reduce carries, in its two halves. NCCL takes uneven sizes in its own reduce-scatter
-and all-gather. gloo does not, and its `reduce_scatter_tensor` sends twice the bytes that are needed; its `all_to_all_single`
-sends exactly what is needed and takes uneven splits, so both exchanges are built on that there.
+and all-gather. gloo does not, and its `reduce_scatter_tensor` sends twice the bytes that are needed; but its
+`all_to_all_single` takes uneven splits and sends just these, so there both exchanges are built on that.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def sum_onto_owners(
     exact = torch.promote_types(parts.dtype, torch.float32)
     if _takes_uneven_sizes(parts, group):
         own = parts.new_empty(sizes[rank])
-        work = dist.reduce_scatter(own, list(parts.split(list(sizes))), group=group, async_op=True)
+        work = dist.reduce_scatter(own, list(torch.split(parts, list(sizes))), group=group, async_op=True)
         assert work is not None
         result: torch.futures.Future[Tensor] = work.get_future().then(lambda _, _alive=parts: own.to(exact))
         return result
@@ -72,7 +72,7 @@ class Gathering:
         received = own.new_empty(sum(others))
         splits = [0 if other == rank else sizes[rank] for other in range(world_size)]
         self._work = dist.all_to_all_single(received, self._sent, others, splits, group=group, async_op=True)
-        self._parts = list(received.split(others))
+        self._parts = list(torch.split(received, others))
         self._parts[rank] = own
 
     def wait(self) -> list[Tensor]:

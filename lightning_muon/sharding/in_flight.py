@@ -1,34 +1,37 @@
 """Parameters whose new values are still on their way: whoever reads one waits for it, and for nothing else.
 
 A hook before a module's forward would not do. Attention reads its output projection's weight without calling that
-module, a tied head another module's, an average of the weights all of them from a list; each would silently get last step's
-values. So the wait hangs on the tensor: while it is in flight a parameter has the class `InFlight`, whose
-`__torch_function__` sees every use of it from Python, waits, and gives the class back. (torch itself turns a lazy module's
-`UninitializedParameter` into a `Parameter` like this.)
+module, a tied head reads another module's, an average of the weights takes all of them from a list; each would silently
+get last step's values. So the wait hangs on the tensor: while it is in flight a parameter has the class `InFlight`,
+whose `__torch_function__` sees every use of it from Python, waits, and gives the class back. (torch itself turns a lazy
+module's `UninitializedParameter` into a `Parameter` like this.)
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 __all__ = ["Flight", "InFlight", "arrive", "can_depart", "depart"]
 
-# What may be asked of a parameter in flight without waiting: nothing here depends on its values.
-_T = Tensor
+# What may be asked of a parameter in flight without waiting, because it does not depend on the values.
+_ATTRIBUTES = (
+    *("device", "dtype", "grad", "grad_fn", "is_cpu", "is_cuda", "is_leaf", "is_meta", "is_sparse", "layout"),
+    *("ndim", "requires_grad", "shape"),
+)
+_METHODS = (
+    *("dim", "element_size", "is_contiguous", "is_floating_point", "is_complex", "numel", "size", "stride"),
+    *("__hash__", "register_hook", "register_post_accumulate_grad_hook"),
+)
+_GRAD = vars(torch._C.TensorBase)["grad"]
 _VALUE_FREE: frozenset[Any] = frozenset(
-    [
-        getattr(_T, name).__get__
-        for name in ("device", "dtype", "grad", "grad_fn", "is_cpu", "is_cuda", "is_leaf", "is_meta", "is_sparse")
-        + ("layout", "ndim", "requires_grad", "shape")
-    ]
-    + [_T.grad.__set__, _T.grad.__delete__]  # type: ignore[attr-defined]
-    + [_T.dim, _T.element_size, _T.is_contiguous, _T.is_floating_point, _T.is_complex, _T.numel, _T.size, _T.stride]
-    + [_T.__hash__, _T.register_hook, _T.register_post_accumulate_grad_hook]
+    [getattr(Tensor, name).__get__ for name in _ATTRIBUTES]
+    + [getattr(Tensor, name) for name in _METHODS]
+    + [_GRAD.__set__, _GRAD.__delete__]
 )
 
 
@@ -92,11 +95,11 @@ def can_depart(param: nn.Parameter) -> bool:
 def depart(param: nn.Parameter, flight: Flight) -> None:
     """From now on every use of the parameter lands the flight."""
     param.__class__ = InFlight
-    param.flight = flight  # type: ignore[attr-defined]
+    cast(InFlight, param).flight = flight
 
 
 def arrive(param: nn.Parameter) -> None:
     """The parameter is again what it was."""
     if isinstance(param, InFlight):
         del param.flight
-        param.__class__ = nn.Parameter
+        cast(Any, param).__class__ = nn.Parameter

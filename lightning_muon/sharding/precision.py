@@ -1,20 +1,43 @@
-"""Which precisions the sharded strategies take."""
+"""Precisions with a gradient scaler: whether a step overflows is decided for all processes together."""
 
 from __future__ import annotations
 
-__all__ = ["refuse_float16"]
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+__all__ = ["share_overflows"]
 
 
-def refuse_float16(plugin: object, strategy: str) -> None:
-    """Refuse a precision plugin in float16: with a scaler, each rank would decide by itself whether to skip a step;
-    without one, gradients overflow.
+def share_overflows(plugin: Any, strategy: str, group: dist.ProcessGroup | None = None) -> None:
+    """Have a precision plugin's scaler ask all ranks whether a gradient has overflowed.
+
+    Only an owner has the averaged gradient, so only it would see the overflow, and skip a step that the others take.
+    torch's scaler for sharded gradients, which FSDP uses too, sums what was found before anybody decides.
+
+    Args:
+        plugin: The plugin, of the Trainer or of Fabric; its scaler is replaced by one of the same settings.
+        strategy: The strategy's name, for error messages.
+        group: The process group; ``None`` is the default one.
 
     Raises:
-        ValueError: The plugin computes in float16.
+        ValueError: The plugin computes in float16 without a scaler.
     """
-    precision = str(getattr(plugin, "precision", ""))
-    if getattr(plugin, "scaler", None) is not None or precision in ("16-mixed", "16-true"):
+    if getattr(plugin, "precision", None) == "16-true":
         raise ValueError(
-            f"{strategy} does not support precision={precision!r} yet: whether a step overflows must be decided for"
-            " all processes together. Use 'bf16-mixed', 'bf16-true' or '32-true'."
+            f"{strategy} does not support precision='16-true': float16 gradients overflow without a scaler. Use"
+            " '16-mixed', 'bf16-mixed', 'bf16-true' or '32-true'."
         )
+    scaler = getattr(plugin, "scaler", None)
+    if scaler is None or isinstance(scaler, ShardedGradScaler):
+        return
+    plugin.scaler = ShardedGradScaler(
+        device=scaler._device,
+        init_scale=scaler.get_scale(),
+        growth_factor=scaler.get_growth_factor(),
+        backoff_factor=scaler.get_backoff_factor(),
+        growth_interval=scaler.get_growth_interval(),
+        enabled=scaler.is_enabled(),
+        process_group=group or dist.group.WORLD,
+    )

@@ -15,8 +15,8 @@ from lightning_muon.sharding.ownership import Slice
 
 __all__ = ["WeightPublisher"]
 
-# A stage is closed when some rank's share of it reaches this: small enough to be on its way early, large enough to batch
-# matrices and to fill a link.
+# A stage is closed when some rank's share of it reaches this: small enough to be on its way early, large enough to
+# batch matrices and to fill a link.
 _SHARE_BYTES = 8 << 20
 
 
@@ -42,8 +42,8 @@ class WeightPublisher:
         slices: Ascending slices of every parameter, in the order in which the next forward needs the parameters; the
             same on all ranks.
         group: The process group; `None` is the default one.
-        overlap: Whether weights may still be on their way when `publish` returns; whoever reads one then waits
-            for its stage.
+        overlap: Whether a parameter whose weights are on their way waits for them when it is read. Without that,
+            `finish` must be called before anybody reads.
         share_bytes: What a rank sends in one stage, about.
 
     Attributes:

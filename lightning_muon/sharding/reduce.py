@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_muon.sharding.collectives import sum_onto_owners
+from lightning_muon.sharding.in_flight import InFlight
 from lightning_muon.sharding.ownership import Slice
 
 __all__ = ["GradientReducer"]
@@ -103,16 +104,38 @@ class GradientReducer:
             self._reduced.discard(param)
             self._set_aside.pop(param, None)
 
-    def check_complete(self, params: Iterable[nn.Parameter]) -> None:
-        """Raise if one of these parameters has a gradient that has not been averaged over the ranks."""
-        if self.world_size > 1 and any(param.grad is not None and param not in self._reduced for param in params):
+    def check_complete(self, names: Mapping[nn.Parameter, str]) -> None:
+        """Raise if one of these parameters, given with their names, has a gradient that has not been averaged over the
+        ranks, or is still waited for by the others."""
+        if self.world_size == 1:
+            return
+        if any(param.grad is not None and param not in self._reduced for param in names):
             raise RuntimeError(
-                "optimizer.step() on gradients that were not averaged over the processes. Either the last backward"
+                "Gradients that were not averaged over the processes. Either the last backward"
                 " ran under no_backward_sync (or no_sync): leave the last micro-batch of each step out of it. Or it"
                 " was loss.backward(): call self.manual_backward(loss), or fabric.backward(loss). Or some parameters"
-                " take no part in the loss, and the others wait for them: use"
+                f" take no part in the loss{self._without_gradient(names)}, and the others wait for them: use"
                 " strategy='muon_zero1_find_unused_parameters_true'."
             )
+        if not self._reduced.isdisjoint(names) and (unused := self._without_gradient(names)):
+            raise RuntimeError(
+                f"Parameters that take no part in the loss{unused}, while other processes may wait for their gradients:"
+                " use strategy='muon_zero1_find_unused_parameters_true', or freeze them with requires_grad_(False)."
+            )
+
+    def _without_gradient(self, names: Mapping[nn.Parameter, str]) -> str:
+        """The parameters that DDP waits for, in brackets, if there are any."""
+        found = [
+            name
+            for param, name in names.items()
+            if param.requires_grad and param.grad is None and param not in self._reduced and self._is_awaited(param)
+        ]
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        return f" ({', '.join(found[:5])}{more})" if found else ""
+
+    def _is_awaited(self, param: nn.Parameter) -> bool:
+        module = self._module_of[param]
+        return not (module.find_unused_parameters or module.static_graph)
 
     def _check_owners(self) -> None:
         for module in self._modules[self._modules_checked :]:
@@ -140,6 +163,11 @@ class GradientReducer:
                 "A second backward before optimizer.zero_grad() would mix averaged and local gradients, because the"
                 " strategy was not told of it. Call fabric.backward(loss) or self.manual_backward(loss), not"
                 " loss.backward(); and optimizer.zero_grad(), not model.zero_grad()."
+            )
+        if any(isinstance(param, InFlight) and self._is_awaited(param) for param in params):
+            raise RuntimeError(
+                "This forward used weights of the last step, because it read parameters in a way that the strategy does"
+                " not see (TorchScript, torch.func.grad). Pass overlap=False to the strategy."
             )
         self._reduced.update(params)
         if self.world_size == 1:

@@ -2,25 +2,82 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
 
+import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_muon.muon import Muon
-from lightning_muon.orthogonalize import orthogonalization_flops, polynomial_sequence
-from lightning_muon.partition import NamedState, Range
 from lightning_muon.sharding.at_exit import end_process_group_at_exit
-from lightning_muon.sharding.consolidate import consolidate
-from lightning_muon.sharding.ownership import ElementRun, OwnershipPlan, Unit, plan_ownership
-from lightning_muon.sharding.publish import WeightPublisher
+from lightning_muon.sharding.clipping import ClipScope
+from lightning_muon.sharding.missing import MissingGradients, MissingPolicy
 from lightning_muon.sharding.reduce import GradientReducer
-from lightning_muon.updates import state_dtype
+from lightning_muon.sharding.zero1_partition import Zero1Partition
 
-__all__ = ["Zero1", "Zero1Partition", "ownership_plan", "require_muon"]
+__all__ = ["Zero1", "Zero1Options", "require_muon"]
+
+
+@dataclass(frozen=True)
+class Zero1Options:
+    """What can be chosen about ``muon_zero1``.
+
+    Attributes:
+        overlap: Whether the new weights may still be on their way when the optimizer's step returns: whoever reads a
+            parameter waits for it. ``False`` waits inside the step.
+        gather_mb: MiB that a rank sends at a time when the weights are gathered. Less starts earlier, more makes larger
+            batches for the orthogonalisation.
+        missing_gradients: A parameter got a gradient on some ranks only. ``"zero"`` averages with zeros, as DDP does;
+            ``"skip"`` leaves it alone in this step; ``"raise"`` is an error on every rank. ``None`` requires every
+            parameter to get one on every rank, unless ``find_unused_parameters=True``, which means ``"zero"``. All
+            but ``None`` have DDP look for unused parameters.
+        clip_scope: What ``gradient_clip_val`` and ``clip_gradients`` clip by the norm: ``"all"`` parameters by their
+            common norm; those of ``"adamw"`` only, by theirs; or ``"none"``, to have the norms and clip nothing.
+
+    Raises:
+        ValueError: A value out of range.
+    """
+
+    overlap: bool = True
+    gather_mb: float = 8.0
+    missing_gradients: MissingPolicy | None = None
+    clip_scope: ClipScope = "all"
+
+    def __post_init__(self) -> None:
+        if not self.gather_mb > 0:
+            raise ValueError(f"gather_mb={self.gather_mb!r} must be a positive number of MiB.")
+        if self.missing_gradients not in (None, *get_args(MissingPolicy)):
+            raise ValueError(
+                f"missing_gradients={self.missing_gradients!r} is not known; choose one of"
+                f" {', '.join(get_args(MissingPolicy))}, or None."
+            )
+        if self.clip_scope not in get_args(ClipScope):
+            raise ValueError(
+                f"clip_scope={self.clip_scope!r} is not known; choose one of {', '.join(get_args(ClipScope))}."
+            )
+
+    def ddp_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of ``DistributedDataParallel``: the user's, and what our own options need.
+
+        Raises:
+            ValueError: They contradict each other.
+        """
+        options: dict[str, Any] = {
+            "gradient_as_bucket_view": True,
+            **given,
+        }  # without it, gradients and buckets are two copies
+        if self.missing_gradients is not None and not options.get("static_graph"):
+            if options.get("find_unused_parameters") is False:
+                raise ValueError(
+                    f"missing_gradients={self.missing_gradients!r} needs find_unused_parameters=True, or processes wait"
+                    " for gradients that never come."
+                )
+            options["find_unused_parameters"] = True
+        return options
 
 
 def require_muon(optimizer: Optimizer, strategy: str) -> Muon:
@@ -39,138 +96,30 @@ def require_muon(optimizer: Optimizer, strategy: str) -> Muon:
     )
 
 
-def ownership_plan(optimizer: Muon, world_size: int) -> OwnershipPlan:
-    """Plan who owns what, from the optimizer's routes."""
-    units, runs = [], []
-    for group in optimizer.param_groups:
-        for name, param in zip(group["param_names"], group["params"], strict=True):
-            layout = optimizer.routes[name].layout
-            if group["algorithm"] == "adamw" or layout is None:
-                runs.append(ElementRun(name, param.numel(), 2 * param.dtype.itemsize, param.is_contiguous()))
-                continue
-            sequence = polynomial_sequence(group["orthogonalization"])
-            itemsize = state_dtype(param).itemsize
-            pieces = [
-                Unit(
-                    name,
-                    block.start,
-                    block.stop,
-                    sum(orthogonalization_flops(block.rows, cut, sequence) for cut in block.cuts),
-                    (block.stop - block.start) * itemsize,
-                )
-                for block in layout.blocks()
-            ]
-            if not param.is_contiguous():  # its elements have no common order that could be cut
-                pieces = [
-                    Unit(
-                        name,
-                        0,
-                        param.numel(),
-                        sum(p.flops for p in pieces),
-                        sum(p.state_bytes for p in pieces),
-                    )
-                ]
-            units += pieces
-    return plan_ownership(units, runs, world_size)
-
-
-class Zero1Partition:
-    """One optimizer's share of the work on this rank. See ``lightning_muon.partition.Partition``.
-
-    Args:
-        optimizer: The optimizer; not yet stepped.
-        reducer: What brings the gradients to the owners.
-    """
-
-    is_sharded = True
-
-    def __init__(self, optimizer: Muon, reducer: GradientReducer) -> None:
-        self.reducer = reducer
-        self.rank, self.world_size = reducer.rank, reducer.world_size
-        self.plan = ownership_plan(optimizer, reducer.world_size)
-        self._ranges = {
-            name: [(piece.start, piece.stop) for piece in slices if piece.owner == reducer.rank]
-            for name, slices in self.plan.slices.items()
-        }
-        # The optimizer's own order may differ between ranks (a set in the user's code); DDP checks the module's.
-        position = {param: number for number, param in enumerate(reducer.parameters())}
-        named = sorted(optimizer.named_parameters(), key=lambda pair: (position.get(pair[1], -1), pair[0]))
-        self._params = {param: self.plan.slices[name] for name, param in named}
-        self._device = named[0][1].device  # Trainer.fit moves the state to the CPU at its end; NCCL stays where it was
-        kinds = [(name, param.dtype, tuple(param.shape)) for name, param in named]
-        self._check_equal_on_all_ranks(f"{self.plan.digest()} {kinds} nonfinite={optimizer.nonfinite}")
-        self._publisher = WeightPublisher(self._params, reducer.group)
-        names = {param: name for name, param in named}
-        self._stages = [[names[param] for param in stage] for stage in self._publisher.stages]
-        reducer.assign(self._params)
-
-    def _check_equal_on_all_ranks(self, facts: str) -> None:
-        digests: list[str | None] = [None] * self.world_size
-        digest = hashlib.sha256(facts.encode()).hexdigest()[:12]
-        dist.all_gather_object(digests, digest, group=self.reducer.group)
-        if len(set(digests)) > 1:
-            raise RuntimeError(
-                "The processes disagree about the parameters (names, shapes, dtypes), who owns them, or the policy"
-                f" `nonfinite`; hashes by rank: {digests}. Build the model and the optimizer in the same way on"
-                " every rank."
-            )
-
-    def ranges(self, name: str, numel: int) -> Sequence[Range]:
-        """The elements this rank owns."""
-        return self._ranges[name]
-
-    def check_gradients(self) -> None:
-        """Raise if the gradients have not been brought to their owners."""
-        self.reducer.check_complete(self._params)
-
-    def forget_gradients(self) -> None:
-        """Nothing of this step's gradients is to come back."""
-        self.reducer.forget(self._params)
-
-    def maximum(self, values: Tensor) -> Tensor:
-        """The element-wise maximum over the ranks, in place."""
-        dist.all_reduce(values, dist.ReduceOp.MAX, group=self.reducer.group)
-        return values
-
-    def total(self, values: Tensor) -> Tensor:
-        """The element-wise sum over the ranks, in place."""
-        dist.all_reduce(values, group=self.reducer.group)
-        return values
-
-    def stages(self, names: Sequence[str]) -> Sequence[Collection[str]]:
-        """The optimizer's parameters, in the order in which the next forward needs them."""
-        return self._stages
-
-    def publish(self, stage: int) -> None:
-        """Start to bring the owners' weights to everyone."""
-        self._publisher.publish(stage)
-
-    def finish_publishing(self) -> None:
-        """Wait until all weights have arrived."""
-        self._publisher.finish()
-
-    def consolidate(self, state: Mapping[str, Mapping[str, Tensor]], to: int) -> NamedState | None:
-        """Bring everybody's state to one rank."""
-        return consolidate(state, self.plan.slices, to, self._device, self.reducer.group)
-
-
 class Zero1:
     """What a strategy needs of ZeRO-1: wrap the module, adopt the optimizers, guard each backward.
 
     Args:
         strategy: The strategy's name, for error messages.
+        options: What the user chose.
         group: The process group; ``None`` is the default one.
     """
 
-    def __init__(self, strategy: str, group: dist.ProcessGroup | None = None) -> None:
-        self.strategy = strategy
+    def __init__(
+        self, strategy: str, options: Zero1Options | None = None, group: dist.ProcessGroup | None = None
+    ) -> None:
+        self.strategy, self.options = strategy, options or Zero1Options()
         self.reducer = GradientReducer(group)
+        self.missing = MissingGradients(self.options.missing_gradients or "zero", group)
+        self._overlap = self.options.overlap
         if "gloo" in dist.get_backend(group):
             end_process_group_at_exit()
 
     def attach(self, module: DistributedDataParallel) -> None:
         """Have the module's gradients reduced to their owners."""
         self.reducer.attach(module)
+        self.missing.watch(module.parameters())
+        self._overlap = self._overlap and not _reads_out_of_sight(module)
 
     def adopt(self, optimizers: Iterable[Optimizer]) -> str:
         """Check the optimizers, plan who owns what, and leave each with this rank's part.
@@ -183,10 +132,15 @@ class Zero1:
         """
         summaries = []
         for optimizer in [require_muon(optimizer, self.strategy) for optimizer in optimizers]:
-            partition = Zero1Partition(optimizer, self.reducer)
+            partition = Zero1Partition(
+                optimizer, self.reducer, self.missing, self._overlap, int(self.options.gather_mb * 2**20)
+            )
             optimizer.shard(partition)
             summaries.append(partition.plan.describe())
-        return f"{self.strategy}: " + "; ".join(summaries) + ". optimizer.explain() shows each parameter."
+        how = "during the next forward" if self._overlap else "within the step"
+        return (
+            f"{self.strategy}: {'; '.join(summaries)}. Weights arrive {how}. optimizer.explain() shows each parameter."
+        )
 
     def before_backward(self) -> None:
         """Call before every backward."""
@@ -195,3 +149,15 @@ class Zero1:
     def after_backward(self) -> None:
         """Call after every backward."""
         self.reducer.after_backward()
+
+
+def _reads_out_of_sight(module: nn.Module) -> bool:
+    """Whether parts of the module are compiled. TorchScript reads parameters without Python, and ``torch.compile``
+    checks their class, so that it would compile again for every step."""
+    return any(
+        isinstance(part, torch.jit.ScriptModule)
+        or hasattr(part, "_orig_mod")  # what torch.compile(module) returns
+        or part._compiled_call_impl is not None  # module.compile()
+        or getattr(part, "_compiler_ctx", None) is not None  # a LightningModule that the Trainer has unwrapped
+        for part in module.modules()
+    )

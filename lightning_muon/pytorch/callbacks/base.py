@@ -26,7 +26,8 @@ class Monitor(Callback):
 
     All monitors of a trainer that are due at the same step are served by the first of them: one sum over the
     processes per optimizer, one ``log_metrics`` per logger. Names are those of the parameters in the LightningModule.
-    Where a sharded strategy clips by norm, ``muon/grad_norm``, the norm before clipping, is logged as well.
+    Where a sharded strategy clips by norm, the norm before clipping is logged as well: ``muon/grad_norm``, and of
+    either algorithm's parameters ``muon/grad_norm_muon``, ``muon/grad_norm_adamw``.
 
     Args:
         every_n_steps: Optimizer steps between two measurements; ``None`` takes the monitor's default.
