@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 import lightning_muon as lm
 from examples.moe_lm.config import ModelConfig
 from examples.moe_lm.model import MoELM, next_token_nll
-from lightning_muon.sharding.zero1 import ownership_plan
+from lightning_muon.sharding.units import ownership_plan
 from tests.lightning_runs import PoolEnvironment, trainer
 from tests.processes import run_processes
 from tests.references import relative_error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 
 import lightning_muon as lm
 from tests.lightning_runs import GLOBAL_BATCH, AwkwardLightningModule, fabric_fit, fit, trainer, weights
@@ -167,6 +167,20 @@ def _averaged():
     run = trainer(10, callbacks=[EMAWeightAveraging(decay=0.5)])
     run.fit(module)
     return weights(module)
+
+
+def _stochastically_averaged():
+    module = AwkwardLightningModule(num_steps=20)
+    callback = StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=1, annealing_epochs=1)
+    run = trainer(-1, max_epochs=4, limit_train_batches=3, callbacks=[callback])
+    run.fit(module)
+    return weights(module)
+
+
+def test_stochastic_weight_averaging_is_that_of_one_process():
+    expected = run_processes(1, _stochastically_averaged)[0]
+    for result in run_processes(2, _stochastically_averaged):
+        assert_close(result, expected)
 
 
 def _custom_clipping():
