@@ -1,8 +1,9 @@
 """The two exchanges of ZeRO-1 where every rank owns a part of its own size: sum onto the owners, and gather from them.
 
-Together they carry what DDP's all-reduce carries, in its two halves. NCCL takes uneven sizes in its own reduce-scatter
-and all-gather. gloo does not, and its `reduce_scatter_tensor` sends twice the bytes that are needed; but its
-`all_to_all_single` takes uneven splits and sends just these, so there both exchanges are built on that.
+Together they carry what DDP's all-reduce carries, in its two halves. gloo's `reduce_scatter_tensor` sends twice the
+bytes that are needed and its `all_gather` refuses uneven sizes; its `all_to_all_single` sends what is needed. On
+NCCL an all-to-all would send a part to every GPU of another node by itself; so there each part is one `reduce`, and
+one `broadcast`, which crosses the link between two nodes once.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Gathering", "sum_onto_owners"]
+__all__ = ["Gathering", "global_rank", "sum_onto_owners"]
 
 
 def sum_onto_owners(
@@ -21,11 +22,11 @@ def sum_onto_owners(
 ) -> torch.futures.Future[Tensor]:
     """Start to sum every owner's part over the ranks, onto that owner.
 
-    A rank sends all that it does not own, and receives its own part from every other rank. On gloo the owner sums in
-    the order of the ranks, in float32 at least, so that the result does not depend on timing.
+    A rank sends all that it does not own. On gloo the owner receives its part from every other rank and sums in the
+    order of the ranks, in float32 at least, so that the result does not depend on timing.
 
     Args:
-        parts: `(sum(sizes),)`, rank 0's part first; it must not be changed before the future is done.
+        parts: `(sum(sizes),)`, rank 0's part first; the exchange may write to it.
         sizes: Elements of every rank's part, equal on all ranks.
         group: The process group; `None` is the default one.
 
@@ -34,20 +35,33 @@ def sum_onto_owners(
     """
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     exact = torch.promote_types(parts.dtype, torch.float32)
-    if _takes_uneven_sizes(parts, group):
-        own = parts.new_empty(sizes[rank])
-        work = dist.reduce_scatter(own, list(torch.split(parts, list(sizes))), group=group, async_op=True)
-        assert work is not None
-        result: torch.futures.Future[Tensor] = work.get_future().then(lambda _, _alive=parts: own.to(exact))
+    result: torch.futures.Future[Tensor]
+    if _is_gloo(parts, group):
+        received = parts.new_empty(sizes[rank] * world_size)
+        work = dist.all_to_all_single(
+            received, parts, [sizes[rank]] * world_size, list(sizes), group=group, async_op=True
+        )
+
+        def add(done: torch.futures.Future[list[Tensor]], _alive: Tensor = parts) -> Tensor:
+            done.wait()
+            return received.view(world_size, -1).sum(dim=0, dtype=exact)
+
+        result = work.get_future().then(add)
         return result
-    received = parts.new_empty(sizes[rank] * world_size)
-    work = dist.all_to_all_single(received, parts, [sizes[rank]] * world_size, list(sizes), group=group, async_op=True)
+    split = torch.split(parts, list(sizes))
+    *earlier, last = [
+        dist.reduce(part, global_rank(group, owner), group=group, async_op=True)
+        for owner, part in enumerate(split)
+        if part.numel()
+    ]
 
-    def add(done: torch.futures.Future[list[Tensor]], _alive: Tensor = parts) -> Tensor:
+    def own(done: torch.futures.Future[list[Tensor]]) -> Tensor:
         done.wait()
-        return received.view(world_size, -1).sum(dim=0, dtype=exact)
+        for work in earlier:
+            work.wait()
+        return split[rank].to(exact)
 
-    result = work.get_future().then(add)
+    result = last.get_future().then(own)
     return result
 
 
@@ -62,24 +76,32 @@ class Gathering:
 
     def __init__(self, own: Tensor, sizes: Sequence[int], group: dist.ProcessGroup | None = None) -> None:
         rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-        if _takes_uneven_sizes(own, group):
-            self._parts = [own if other == rank else own.new_empty(size) for other, size in enumerate(sizes)]
-            self._sent = own
-            self._work = dist.all_gather(self._parts, own, group=group, async_op=True)
-            return
         others = [0 if other == rank else size for other, size in enumerate(sizes)]
-        self._sent = own if world_size == 2 else own.repeat(world_size - 1)
         received = own.new_empty(sum(others))
-        splits = [0 if other == rank else sizes[rank] for other in range(world_size)]
-        self._work = dist.all_to_all_single(received, self._sent, others, splits, group=group, async_op=True)
         self._parts = list(torch.split(received, others))
         self._parts[rank] = own
+        if _is_gloo(own, group):
+            self._sent = own if world_size == 2 else own.repeat(world_size - 1)
+            splits = [0 if other == rank else sizes[rank] for other in range(world_size)]
+            self._works = [dist.all_to_all_single(received, self._sent, others, splits, group=group, async_op=True)]
+        else:
+            self._works = [
+                dist.broadcast(part, global_rank(group, owner), group=group, async_op=True)
+                for owner, part in enumerate(self._parts)
+                if part.numel()
+            ]
 
     def wait(self) -> list[Tensor]:
         """The parts of all ranks, this rank's own among them."""
-        self._work.wait()
+        for work in self._works:
+            work.wait()
         return self._parts
 
 
-def _takes_uneven_sizes(tensor: Tensor, group: dist.ProcessGroup | None) -> bool:
-    return tensor.is_cuda and dist.get_backend(group) != "gloo"
+def _is_gloo(tensor: Tensor, group: dist.ProcessGroup | None) -> bool:
+    return not tensor.is_cuda or dist.get_backend(group) == "gloo"
+
+
+def global_rank(group: dist.ProcessGroup | None, rank: int) -> int:
+    """What the default group calls a rank of `group`."""
+    return rank if group is None else dist.get_global_rank(group, rank)

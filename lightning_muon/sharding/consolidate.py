@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_muon.partition import NamedState
+from lightning_muon.sharding.collectives import global_rank
 from lightning_muon.sharding.ownership import Slice
 
 __all__ = ["consolidate"]
@@ -42,10 +43,10 @@ def consolidate(
     }
     gathered: list[tuple[dict[str, dict[str, float]], dict[tuple[str, torch.dtype], list[tuple[str, str]]]]] | None
     gathered = [({}, {})] * world_size if rank == to else None
-    dist.gather_object((own, layout), gathered, dst=_global_rank(group, to), group=group)
+    dist.gather_object((own, layout), gathered, dst=global_rank(group, to), group=group)
     if gathered is None:
         for kind in layout:
-            dist.send(packed[kind], _global_rank(group, to), group=group)
+            dist.send(packed[kind], global_rank(group, to), group=group)
         return None
     whole: NamedState = {}
     for source, (numbers, kinds) in enumerate(gathered):
@@ -58,7 +59,7 @@ def consolidate(
                 flat = packed[key, dtype]
             else:
                 flat = torch.empty(sum(sizes), dtype=dtype, device=device)
-                dist.recv(flat, _global_rank(group, source), group=group)
+                dist.recv(flat, global_rank(group, source), group=group)
             for (name, _), part in zip(members, torch.split(flat.cpu(), sizes), strict=True):
                 numel = slices[name][-1].stop
                 target = whole.setdefault(name, {}).setdefault(key, torch.empty(numel, dtype=dtype))
@@ -89,7 +90,3 @@ def _kinds(state: Mapping[str, Mapping[str, Tensor]]) -> dict[tuple[str, torch.d
 
 def _owned(slices: tuple[Slice, ...], rank: int) -> int:
     return sum(piece.stop - piece.start for piece in slices if piece.owner == rank)
-
-
-def _global_rank(group: dist.ProcessGroup | None, rank: int) -> int:
-    return rank if group is None else dist.get_global_rank(group, rank)
