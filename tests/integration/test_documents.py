@@ -1,7 +1,8 @@
-"""The README is true: its Python runs, its links lead somewhere, its commands exist."""
+"""The README is true: its Python runs, its links lead somewhere, its commands exist and print what it shows."""
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lightning_muon.cli import main
 from lightning_muon.orthogonalize import available_sequences, polynomial_sequence
 
 ROOT = Path(__file__).parents[2]
@@ -19,6 +21,11 @@ DOCUMENTS = [
     ROOT / "examples" / "moe_lm" / "README.md",
 ]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+CONSOLE_BLOCKS = [
+    block
+    for document in DOCUMENTS
+    for block in re.findall(r"```console\n(.*?)```", document.read_text(), flags=re.DOTALL)
+]
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
@@ -26,6 +33,20 @@ def test_python_block_runs(block, tmp_path):
     block = block.replace("devices=8", 'devices=1, accelerator="cpu"')
     done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("block", CONSOLE_BLOCKS, ids=range(len(CONSOLE_BLOCKS)))
+def test_console_block_shows_what_the_command_prints(block, capsys, monkeypatch):
+    command, shown = block.split("\n", maxsplit=1)
+    program, *arguments = shlex.split(command.removeprefix("$ "))
+    monkeypatch.chdir(ROOT)
+    assert program == "lightning-muon"
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    if shown.endswith("\n…\n"):  # the rest is left out
+        shown = shown.removesuffix("…\n")
+        printed = printed[: len(shown)]
+    assert printed == shown
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.parent.name + "/" + path.name)
