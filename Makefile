@@ -31,6 +31,7 @@ lint: install
 bench: install
 	$(BIN)/python -m benchmarks.optimizer_step
 	$(BIN)/python -m benchmarks.strategies
+	$(BIN)/python -m benchmarks.balance
 
 docs: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"

@@ -17,7 +17,7 @@ from lightning_muon.muon import Muon
 from lightning_muon.sharding.ownership import OwnershipPlan, Slice
 from lightning_muon.sharding.zero1 import ownership_plan
 
-__all__ = ["SCHEMES", "RankCosts", "TrainedParameter", "costs_of_schemes", "matrices_of", "trained_parameters"]
+__all__ = ["SCHEMES", "RankCosts", "Shape", "TrainedParameter", "costs_of_schemes", "matrices_of", "trained_parameters"]
 
 SCHEMES = {
     "adamw_ddp": "AdamW, DDP",

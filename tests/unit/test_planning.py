@@ -15,6 +15,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 import lightning_muon as lm
+from benchmarks.balance import balance
+from benchmarks.shapes import MODELS
 from examples.moe_lm.config import ModelConfig
 from examples.moe_lm.model import MoELM
 from lightning_muon.partition import Alone
@@ -135,6 +137,21 @@ def test_flops_and_state_are_what_a_step_really_has(build, world_size):
         assert optimizer.local_state_bytes() == expected.state_bytes
 
 
+@pytest.mark.parametrize(("name", "world_size"), [("Moonlight-16B", 8), ("Moonlight-16B", 64), ("Llama-7B", 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_models_are_shared_out_evenly(name, world_size, dtype):
+    plan = ownership_plan(MODELS[name]().optimizer(dtype), world_size)
+    for figures in (plan.flops, plan.state_bytes):
+        assert max(figures) * world_size <= 1.05 * sum(figures)
+
+
+def test_committed_figures_of_balance_are_the_present_ones():
+    committed = json.loads((RESULTS / "balance.json").read_text())["models"]
+    for name, world_size in (("Moonlight-16B", 64), ("Llama-7B", 256)):
+        found = json.loads(json.dumps(balance(MODELS[name](), world_size)))
+        assert found == committed[name][str(world_size)]
+
+
 def test_exposed_time_follows_the_formulas():
     speeds = Speeds(Device("d", flops=100.0, memory_bandwidth=10.0), link=5.0)
     ranks = [RankCosts(0, 4, 6, 200, 40, 10, 10, 40), RankCosts(0, 2, 3, 300, 20, 30, 30, 20)]
@@ -203,6 +220,7 @@ def test_a_class_is_built_on_the_meta_device():
         models.from_class("collections.OrderedDict", {})
 
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 FOLDER = Path(__file__).parents[2] / "examples" / "moe_lm" / "configs"
 CONFIGS = [FOLDER / "small.yaml", FOLDER / "moonlight_16b_a3b.yaml"]
 
