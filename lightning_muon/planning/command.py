@@ -94,14 +94,17 @@ def add_plan(subcommands: Any) -> None:
         "--device", default="h200", metavar="NAME", help=f"{', '.join(DEVICES)}, or your own (default: %(default)s)"
     )
     speeds.add_argument(
-        "--flops", type=_speed, metavar="TFLOP/S", help="what its bfloat16 products reach, in place of ours"
+        "--flops", type=_positive_number, metavar="TFLOP/S", help="what its bfloat16 products reach, in place of ours"
     )
     speeds.add_argument(
-        "--memory-bandwidth", type=_speed, metavar="GB/S", help="reads and writes of its memory, in place of ours"
+        "--memory-bandwidth",
+        type=_positive_number,
+        metavar="GB/S",
+        help="reads and writes of its memory, in place of ours",
     )
     speeds.add_argument(
         "--link-speed",
-        type=_speed,
+        type=_positive_number,
         default=400.0,
         metavar="GBIT/S",
         help="what a rank can send and, at the same time, receive; between machines, its share of the network"
@@ -110,7 +113,7 @@ def add_plan(subcommands: Any) -> None:
     speeds.add_argument("--tokens-per-rank", type=_positive, metavar="N", help="tokens of a rank in a step")
     speeds.add_argument(
         "--active-parameters",
-        type=_speed,
+        type=_positive_number,
         metavar="N",
         help="parameters that a token passes through (2.2e9, say); by default all but embeddings, and needed with"
         " --tokens-per-rank if there are experts",
@@ -192,7 +195,7 @@ def _positive(text: str) -> int:
     return value
 
 
-def _speed(text: str) -> float:
+def _positive_number(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")

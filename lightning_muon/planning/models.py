@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_muon.planning.errors import UsageError
 
@@ -45,8 +46,10 @@ def import_object(path: str) -> Any:
     module, _, name = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"cannot import {path!r} (expected package.module.Class): {error}") from error
+    except Exception as error:  # the user's module may fail in any way
+        raise UsageError(
+            f"cannot import {path!r} (expected package.module.Class): {type(error).__name__}: {error}"
+        ) from error
 
 
 def from_class(path: str, arguments: Mapping[str, Any]) -> nn.Module:
@@ -68,17 +71,19 @@ def from_configs(path: str | None, files: Sequence[Path]) -> nn.Module:
         import jsonargparse
     except ImportError:
         raise UsageError("--config needs jsonargparse: pip install 'lightning-muon[cli]'") from None
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    if any("class_path" in section for section in sections):
-        parser.add_subclass_arguments(nn.Module if path is None else import_object(path), "model")
-    elif path is not None:
-        parser.add_class_arguments(import_object(path), "model", fail_untyped=False)
-    else:
+    names_class = any("class_path" in section for section in sections)
+    if path is None and not names_class:
         raise UsageError(
             "the files of --config name no class (model: {class_path: ...}); give the one that they configure with"
             " --model, for example --model examples.moe_lm.model.MoELM"
         )
+    base = nn.Module if path is None else import_object(path)
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
     try:
+        if names_class:
+            parser.add_subclass_arguments(base, "model")
+        else:
+            parser.add_class_arguments(base, "model", fail_untyped=False)
         config = None
         for section in sections:
             config = parser.parse_object({"model": section}, config)
@@ -156,7 +161,7 @@ def _section(file: Path, name: str) -> dict[str, Any]:
         config = yaml.safe_load(file.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"--config {file}: {error}") from error
-    section = config.get(name, {}) if isinstance(config, dict) else None
+    section = (config.get(name) or {}) if isinstance(config, dict) else None
     if not isinstance(section, dict):
         raise UsageError(f"--config {file}: expected what LightningCLI takes, with a mapping {name!r}")
     return section
@@ -176,4 +181,7 @@ def _build(what: str, build: Callable[[], Any]) -> nn.Module:
         ) from error
     if not isinstance(module, nn.Module):
         raise UsageError(f"{what} made a {type(module).__name__}; expected a torch.nn.Module")
+    lazy = [name for name, param in module.named_parameters() if is_lazy(param)]
+    if lazy:
+        raise UsageError(f"{what}: {lazy[0]!r} gets its shape in the first forward pass; use --shapes")
     return module

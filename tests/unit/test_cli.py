@@ -117,10 +117,13 @@ def test_a_mixture_of_16_billion_over_64_ranks(capsys):
         ("--world-size 2 --shapes {shapes} --args {{}}", "--args are the arguments of --model"),
         ("--world-size 2 --model torch.nn.Linear --args {{}}", "in_features"),
         ("--world-size 2 --model Linear", "cannot import 'Linear'"),
+        ('--world-size 2 --model torch.nn.LazyLinear --args {{"out_features":4}}', "'weight' gets its shape"),
+        ("--world-size 2 --model torch.manual_seed --config {configs}/tiny.yaml", "tiny.yaml: "),
+        ("--world-size 2 --model torch.nn.Linear --config {configs}/tiny.yaml", "tiny.yaml: "),
     ],
 )
 def test_errors_are_one_message_and_status_2(arguments, message, shapes, capsys):
-    assert main(["plan", *arguments.format(shapes=shapes).split()]) == 2
+    assert main(["plan", *arguments.format(shapes=shapes, configs=FOLDER).split()]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("lightning-muon plan: error: ")
     assert message in captured.err
