@@ -33,7 +33,7 @@ from examples.moe_lm.demo import environment
 from lightning_muon.orthogonalize import orthogonalization_flops, polynomial_sequence
 from lightning_muon.planning.costs import Shape, costs_of_schemes
 from lightning_muon.planning.devices import DEVICES
-from lightning_muon.sharding.zero1 import ownership_plan
+from lightning_muon.sharding.units import ownership_plan
 
 WORLD_SIZES = (8, 64, 256, 512)
 TOKENS = (8192, 1024)

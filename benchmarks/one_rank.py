@@ -36,7 +36,7 @@ from examples.moe_lm.demo import environment
 from lightning_muon.orthogonalize import orthogonalization_flops, polynomial_sequence
 from lightning_muon.partition import Alone, Range
 from lightning_muon.sharding.ownership import OwnershipPlan
-from lightning_muon.sharding.zero1 import ownership_plan
+from lightning_muon.sharding.units import ownership_plan
 
 
 class OneRank(Alone):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from lightning_muon.matrices import MatrixLayout
 from lightning_muon.muon import Muon
 from lightning_muon.sharding.ownership import OwnershipPlan, Slice
-from lightning_muon.sharding.zero1 import ownership_plan
+from lightning_muon.sharding.units import ownership_plan
 
 __all__ = ["SCHEMES", "RankCosts", "Shape", "TrainedParameter", "costs_of_schemes", "matrices_of", "trained_parameters"]
 

@@ -17,7 +17,7 @@ from lightning_muon.planning.costs import (
 )
 from lightning_muon.planning.exposed import Speeds, exposed_time, optimizer_seconds
 from lightning_muon.sharding.ownership import OwnershipPlan
-from lightning_muon.sharding.zero1 import ownership_plan
+from lightning_muon.sharding.units import ownership_plan
 
 __all__ = ["figures", "table"]
 

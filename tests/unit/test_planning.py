@@ -26,7 +26,7 @@ from lightning_muon.planning.devices import DEVICES, Device, device
 from lightning_muon.planning.errors import UsageError
 from lightning_muon.planning.exposed import Speeds, exposed_time
 from lightning_muon.planning.optimizers import optimizer_of
-from lightning_muon.sharding.zero1 import ownership_plan
+from lightning_muon.sharding.units import ownership_plan
 from tests.models import awkward_model
 
 WORLD_SIZES = [1, 2, 3, 4, 13]
