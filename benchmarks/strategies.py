@@ -3,7 +3,8 @@
 ``python -m benchmarks.strategies [--processes 2] [--json benchmarks/results/strategies.json]``
 
 The example's model and batch. The variants take turns within one process group: sharded Muon, Muon replicated on every
-process (DDP), and ``torch.optim.AdamW`` under DDP. Optimizer state is what each process really holds.
+process (DDP), and ``torch.optim.AdamW`` under DDP. Each turn is a few steps and a read of all weights, so that a
+gathering of weights that overlaps the next step is counted. Optimizer state is what each process really holds.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from examples.moe_lm.config import ModelConfig
 from examples.moe_lm.model import MoELM, next_token_nll
 from lightning_muon.sharding.zero1 import Zero1
 
+VARIANTS = ("AdamW, DDP", "Muon replicated, DDP", "muon_zero1")
+STEPS_PER_TURN = 3
+
 
 class _Loss(nn.Module):
     def __init__(self) -> None:
@@ -37,10 +41,17 @@ class _Loss(nn.Module):
         return next_token_nll(self.model(windows[:, :-1]), windows[:, 1:]).mean()
 
 
-def _variant(name: str, windows: Tensor) -> tuple[Callable[[], None], Optimizer]:
+def variant(name: str, windows: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Callable[[], None], Optimizer]:
+    """``STEPS_PER_TURN`` training steps on these windows, and the optimizer.
+
+    Args:
+        name: One of ``VARIANTS``.
+        windows: ``(batch, time + 1)`` token ids, this process' share.
+        group: The processes that train together; ``None`` is all.
+    """
     module = _Loss()
-    wrapped = DistributedDataParallel(module)
-    zero1 = Zero1(name) if name == "muon_zero1" else None
+    wrapped = DistributedDataParallel(module, process_group=group)
+    zero1 = Zero1(name, group) if name == "muon_zero1" else None
     if name == "AdamW, DDP":
         optimizer: Optimizer = torch.optim.AdamW(module.parameters())
     else:
@@ -49,20 +60,24 @@ def _variant(name: str, windows: Tensor) -> tuple[Callable[[], None], Optimizer]
         zero1.attach(wrapped)
         zero1.adopt([optimizer])
 
-    def step() -> None:
-        optimizer.zero_grad()
-        loss = wrapped(windows)
-        if zero1 is not None:
-            zero1.before_backward()
-        loss.backward()
-        if zero1 is not None:
-            zero1.after_backward()
-        optimizer.step()
+    def turn() -> None:
+        for _ in range(STEPS_PER_TURN):
+            optimizer.zero_grad()
+            loss = wrapped(windows)
+            if zero1 is not None:
+                zero1.before_backward()
+            loss.backward()
+            if zero1 is not None:
+                zero1.after_backward()
+            optimizer.step()
+        for weight in module.state_dict().values():
+            weight.sum().item()
 
-    return step, optimizer
+    return turn, optimizer
 
 
-def _state_bytes(optimizer: Optimizer) -> int:
+def state_bytes(optimizer: Optimizer) -> int:
+    """Bytes of optimizer state that this process holds."""
     tensors = (value for state in optimizer.state.values() for value in state.values())
     return sum(value.nbytes for value in tensors if isinstance(value, Tensor) and value.ndim)
 
@@ -71,10 +86,11 @@ def _run(rank: int, processes: int, store: str, rounds: int, path: Path | None) 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
     windows = torch.randint(0, 257, (16 // processes, 129), generator=torch.Generator().manual_seed(rank))
-    variants = {name: _variant(name, windows) for name in ("AdamW, DDP", "Muon replicated, DDP", "muon_zero1")}
-    seconds = time_alternating({name: step for name, (step, _) in variants.items()}, rounds)
+    variants = {name: variant(name, windows) for name in VARIANTS}
+    turns = time_alternating({name: turn for name, (turn, _) in variants.items()}, rounds, before=dist.barrier)
     if rank == 0:
-        state = {name: _state_bytes(optimizer) for name, (_, optimizer) in variants.items()}
+        seconds = {name: [turn / STEPS_PER_TURN for turn in values] for name, values in turns.items()}
+        state = {name: state_bytes(optimizer) for name, (_, optimizer) in variants.items()}
         report(f"training step, {processes} processes", seconds, "AdamW, DDP", path, state_bytes_of_process_0=state)
         print("optimizer state of process 0: " + ", ".join(f"{n} {b / 2**20:.2f} MiB" for n, b in state.items()))
     dist.destroy_process_group()

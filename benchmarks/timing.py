@@ -14,14 +14,20 @@ from examples.moe_lm.demo import environment
 __all__ = ["report", "time_alternating"]
 
 
-def time_alternating(steps: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 3) -> dict[str, list[float]]:
-    """Seconds of each call, by name; the calls take turns, ``rounds`` times."""
+def time_alternating(
+    steps: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 3,
+    before: Callable[[], object] = lambda: None,
+) -> dict[str, list[float]]:
+    """Seconds of each call, by name; the calls take turns, ``rounds`` times. ``before`` each, its time not counted."""
     for step in steps.values():
         for _ in range(warmup):
             step()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
+            before()
             start = time.perf_counter()
             step()
             seconds[name].append(time.perf_counter() - start)
