@@ -50,8 +50,9 @@ def variant(name: str, windows: Tensor, group: dist.ProcessGroup | None = None) 
         group: The processes that train together; ``None`` is all.
     """
     module = _Loss()
-    wrapped = DistributedDataParallel(module, process_group=group)
-    zero1 = Zero1(name, group) if name == "muon_zero1" else None
+    zero1 = Zero1(name, group=group) if name == "muon_zero1" else None
+    ddp_options = zero1.options.ddp_options({}) if zero1 is not None else {}
+    wrapped = DistributedDataParallel(module, process_group=group, **ddp_options)
     if name == "AdamW, DDP":
         optimizer: Optimizer = torch.optim.AdamW(module.parameters())
     else:

@@ -85,9 +85,9 @@ def orthogonalized_by_us(dtype: torch.dtype) -> Callable[..., Tensor]:
 def train_under_ddp(
     task: Task, make_optimizers: Callable[[nn.Module], Iterable[Optimizer]], zero1: Zero1 | None = None
 ) -> Training:
-    """A plain loop under DistributedDataParallel with its default options."""
+    """A plain loop under DistributedDataParallel with its default options, or those of ``muon_zero1``."""
     module = task.make_model()
-    wrapped = DistributedDataParallel(module)
+    wrapped = DistributedDataParallel(module, **(zero1.options.ddp_options({}) if zero1 is not None else {}))
     optimizers = list(make_optimizers(module))
     if zero1 is not None:
         zero1.attach(wrapped)
