@@ -9,12 +9,52 @@ one `broadcast`, which crosses the link between two nodes once.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Gathering", "global_rank", "sum_onto_owners"]
+__all__ = ["Gathering", "Piece", "global_rank", "in_chunks", "sum_onto_owners"]
+
+_Source = TypeVar("_Source")
+Piece = tuple[_Source, int, int]
+"""Elements `[start, stop)` of something."""
+
+# gloo sends a message to its end before it reads: two ranks that exchange large ones take turns (12 MiB each way over a
+# link of 1 Gbit/s took 0.22 s; in messages of 1.5 MiB or less 0.11 s).
+_MESSAGE_BYTES = 1 << 20
+
+
+def in_chunks(
+    pieces: Sequence[Sequence[Piece[_Source]]], like: Tensor, group: dist.ProcessGroup | None = None
+) -> list[tuple[tuple[Piece[_Source], ...], ...]]:
+    """Divide an exchange into several, each with messages of a good size.
+
+    Args:
+        pieces: What every rank owns.
+        like: A tensor of the dtype and device that is sent.
+        group: The process group; `None` is the default one.
+
+    Returns:
+        What every rank owns, for every exchange.
+    """
+    if not _is_gloo(like, group):
+        return [tuple(map(tuple, pieces))]
+    limit = max(1, _MESSAGE_BYTES // like.element_size())
+    chunks: list[list[list[Piece[_Source]]]] = []
+    for rank, owned in enumerate(pieces):
+        filled = 0
+        for source, start, end in owned:
+            while start < end:
+                number, offset = divmod(filled, limit)
+                stop = min(end, start + limit - offset)
+                if number == len(chunks):
+                    chunks.append([[] for _ in pieces])
+                chunks[number][rank].append((source, start, stop))
+                filled += stop - start
+                start = stop
+    return [tuple(map(tuple, chunk)) for chunk in chunks]
 
 
 def sum_onto_owners(

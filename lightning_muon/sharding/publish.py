@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_muon.sharding.collectives import Gathering
+from lightning_muon.sharding.collectives import Gathering, Piece, in_chunks
 from lightning_muon.sharding.in_flight import arrive, can_depart, depart
 from lightning_muon.sharding.ownership import Slice
 
@@ -25,10 +25,10 @@ class _Exchange:
     """Parameters of one dtype and device, gathered together.
 
     Attributes:
-        pieces: For every rank, the `(parameter, start, stop)` that it owns.
+        pieces: What every rank owns of them.
     """
 
-    pieces: tuple[tuple[tuple[nn.Parameter, int, int], ...], ...]
+    pieces: tuple[tuple[Piece[nn.Parameter], ...], ...]
 
     def sizes(self) -> list[int]:
         """Elements that each rank sends."""
@@ -61,7 +61,7 @@ class WeightPublisher:
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.overlap = overlap and all(can_depart(param) for param in slices)
         self.stages = _stages(slices, self.world_size, share_bytes)
-        self._exchanges = [_exchanges(stage, slices, self.world_size) for stage in self.stages]
+        self._exchanges = [_exchanges(stage, slices, group) for stage in self.stages]
         self._flights: list[_Flight] = []
 
     @torch.no_grad()
@@ -131,14 +131,19 @@ def _stages(
 
 
 def _exchanges(
-    stage: Sequence[nn.Parameter], slices: Mapping[nn.Parameter, Sequence[Slice]], world_size: int
+    stage: Sequence[nn.Parameter], slices: Mapping[nn.Parameter, Sequence[Slice]], group: dist.ProcessGroup | None
 ) -> list[_Exchange]:
-    kinds: dict[tuple[torch.dtype, torch.device], list[list[tuple[nn.Parameter, int, int]]]] = {}
+    kinds: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
     for param in stage:
-        pieces = kinds.setdefault((param.dtype, param.device), [[] for _ in range(world_size)])
-        for piece in slices[param]:
-            pieces[piece.owner].append((param, piece.start, piece.stop))
-    return [_Exchange(tuple(map(tuple, pieces))) for pieces in kinds.values()]
+        kinds.setdefault((param.dtype, param.device), []).append(param)
+    exchanges = []
+    for params in kinds.values():
+        pieces: list[list[Piece[nn.Parameter]]] = [[] for _ in range(dist.get_world_size(group))]
+        for param in params:
+            for piece in slices[param]:
+                pieces[piece.owner].append((param, piece.start, piece.stop))
+        exchanges += [_Exchange(chunk) for chunk in in_chunks(pieces, params[0], group)]
+    return exchanges
 
 
 def _flat(param: nn.Parameter) -> Tensor:
@@ -146,7 +151,7 @@ def _flat(param: nn.Parameter) -> Tensor:
     return param.detach().reshape(-1)
 
 
-def _write(pieces: Sequence[tuple[nn.Parameter, int, int]], values: Tensor) -> None:
+def _write(pieces: Sequence[Piece[nn.Parameter]], values: Tensor) -> None:
     """Write the values, one piece after the other, into the parameters."""
     offset = 0
     for param, start, stop in pieces:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_muon.sharding.collectives import sum_onto_owners
+from lightning_muon.sharding.collectives import Piece, in_chunks, sum_onto_owners
 from lightning_muon.sharding.in_flight import InFlight
 from lightning_muon.sharding.ownership import Slice
 
@@ -18,18 +18,18 @@ __all__ = ["GradientReducer"]
 
 
 @dataclass(frozen=True)
-class _BucketLayout:
-    """Where a bucket's elements go.
+class _Exchange:
+    """A part of a bucket that is reduced at once.
 
     Attributes:
-        by_owner: For every rank, the runs of the bucket that it owns.
+        pieces: The runs of the bucket that every rank owns; there is one bucket, number 0.
     """
 
-    by_owner: tuple[tuple[tuple[int, int], ...], ...]
+    pieces: tuple[tuple[Piece[int], ...], ...]
 
     def sizes(self) -> list[int]:
         """Elements per owner."""
-        return [sum(stop - start for start, stop in runs) for runs in self.by_owner]
+        return [sum(stop - start for _, start, stop in owned) for owned in self.pieces]
 
 
 class GradientReducer:
@@ -47,7 +47,7 @@ class GradientReducer:
         self.group = group
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self._slices: dict[nn.Parameter, tuple[Slice, ...]] = {}
-        self._layouts: dict[tuple[int, ...], _BucketLayout] = {}
+        self._exchanges: dict[tuple[int, ...], list[_Exchange]] = {}
         self._modules: list[DistributedDataParallel] = []
         self._module_of: dict[nn.Parameter, DistributedDataParallel] = {}
         self._modules_checked = 0
@@ -174,30 +174,42 @@ class GradientReducer:
             future: torch.futures.Future[Tensor] = torch.futures.Future()
             future.set_result(buffer)
             return future
-        layout = self._layout(params)
-        sent = torch.cat([buffer[start:stop] for runs in layout.by_owner for start, stop in runs])
+        exchanges = self._exchanges_of(params, buffer)
+        sums = [
+            sum_onto_owners(
+                torch.cat([buffer[start:stop] for owned in exchange.pieces for _, start, stop in owned]),
+                exchange.sizes(),
+                self.group,
+            )
+            for exchange in exchanges
+        ]
 
-        def average(done: torch.futures.Future[Tensor]) -> Tensor:
-            mean = done.value().div_(self.world_size)
+        def average(done: Iterable[torch.futures.Future[Tensor]]) -> Tensor:
             buffer.zero_()
-            offset = 0
-            for start, stop in layout.by_owner[self.rank]:
-                buffer[start:stop] = mean[offset : offset + stop - start]
-                offset += stop - start
+            for exchange, own in zip(exchanges, done, strict=True):
+                mean = own.value().div_(self.world_size)
+                offset = 0
+                for _, start, stop in exchange.pieces[self.rank]:
+                    buffer[start:stop] = mean[offset : offset + stop - start]
+                    offset += stop - start
             return buffer
 
-        result: torch.futures.Future[Tensor] = sum_onto_owners(sent, layout.sizes(), self.group).then(average)
+        result: torch.futures.Future[Tensor]
+        if len(sums) == 1:  # on CUDA always, where only a future of tensors orders the streams
+            result = sums[0].then(lambda done: average([done]))
+        else:
+            result = torch.futures.collect_all(sums).then(lambda done: average(done.value()))
         return result
 
-    def _layout(self, params: list[nn.Parameter]) -> _BucketLayout:
+    def _exchanges_of(self, params: list[nn.Parameter], buffer: Tensor) -> list[_Exchange]:
         """DDP puts its buckets together anew after the first backward, so ownership is looked up per parameter."""
         key = tuple(id(param) for param in params)
-        if key not in self._layouts:
-            by_owner: list[list[tuple[int, int]]] = [[] for _ in range(self.world_size)]
+        if key not in self._exchanges:
+            pieces: list[list[Piece[int]]] = [[] for _ in range(self.world_size)]
             offset = 0
             for param in params:
                 for piece in self._slices[param]:
-                    by_owner[piece.owner].append((offset + piece.start, offset + piece.stop))
+                    pieces[piece.owner].append((0, offset + piece.start, offset + piece.stop))
                 offset += param.numel()
-            self._layouts[key] = _BucketLayout(tuple(map(tuple, by_owner)))
-        return self._layouts[key]
+            self._exchanges[key] = [_Exchange(chunk) for chunk in in_chunks(pieces, buffer, self.group)]
+        return self._exchanges[key]
