@@ -99,7 +99,7 @@ def costs_of_schemes(optimizer: Muon, plan: OwnershipPlan) -> dict[str, tuple[Ra
 
     Args:
         optimizer: The optimizer; not sharded.
-        plan: Who owns what under ``muon_zero1``, from ``lightning_muon.sharding.zero1.ownership_plan``.
+        plan: Who owns what under ``muon_zero1``, from ``lightning_muon.sharding.units.ownership_plan``.
     """
     parameters = trained_parameters(optimizer)
     alone = _muon_zero1(parameters, ownership_plan(optimizer, 1))[0]

@@ -63,11 +63,13 @@ def test_commands_are_make_targets():
             assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
 
 
-def test_map_of_the_house_names_what_is_there():
+@pytest.mark.parametrize("folder", ["lightning_muon", "benchmarks"])
+def test_map_of_the_house_names_what_is_there(folder):
     text = (ROOT / "CONTRIBUTING.md").read_text()
-    house = re.search(r"```\nlightning_muon/\n(.*?)```", text, flags=re.DOTALL).group(1)
+    house = re.search(rf"```\n{folder}/\n(.*?)```", text, flags=re.DOTALL).group(1)
     named = set(re.findall(r"\b(\w+)\.py\b", house))
-    present = {path.stem for path in (ROOT / "lightning_muon").rglob("*.py")} - {"__init__"}
+    present = {path.stem for path in (ROOT / folder).rglob("*.py")} - {"__init__", "__main__"}
+    named -= {"__main__"}
     assert named == present, named ^ present
 
 
