@@ -55,8 +55,9 @@ class MuonZero1Strategy(DDPStrategy):
     @property
     def _sharding(self) -> Zero1:
         if self._zero1 is None:  # only now do the processes exist
-            share_overflows(self.precision, f"fabric.{type(self).__name__}")
-            self._zero1 = Zero1(f"fabric.{type(self).__name__}", self._options)
+            name = f"fabric.{type(self).__name__}"
+            share_overflows(self.precision, name)
+            self._zero1 = Zero1(name, self._options, tell=rank_zero_info)
         return self._zero1
 
     @override
@@ -68,7 +69,7 @@ class MuonZero1Strategy(DDPStrategy):
     @override
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
         optimizer = super().setup_optimizer(optimizer)
-        rank_zero_info(self._sharding.adopt([optimizer]))
+        self._sharding.adopt([optimizer])
         return optimizer
 
     @override

@@ -73,14 +73,14 @@ class MuonZero1Strategy(DDPStrategy):
     def configure_ddp(self) -> None:
         super().configure_ddp()
         assert isinstance(self.model, DistributedDataParallel)
-        self._zero1 = Zero1(type(self).__name__, self._options)
+        self._zero1 = Zero1(type(self).__name__, self._options, tell=rank_zero_info)
         self._zero1.attach(self.model)
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         super().setup_optimizers(trainer)
         assert self._zero1 is not None
-        rank_zero_info(self._zero1.adopt(self.optimizers))
+        self._zero1.adopt(self.optimizers)
 
     @override
     def pre_backward(self, closure_loss: Tensor) -> None:

@@ -6,8 +6,23 @@ from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_muon.muon import Muon
 
 __all__ = ["share_overflows"]
+
+
+class _Scaler(ShardedGradScaler):
+    """torch's scaler for sharded gradients; before it asks the other ranks, it makes sure that they can answer."""
+
+    @override
+    def unscale_(self, optimizer: Optimizer) -> None:
+        bare = getattr(optimizer, "optimizer", optimizer)  # Trainer and Fabric wrap it
+        if isinstance(bare, Muon):
+            bare.partition.check_gradients()
+        super().unscale_(optimizer)
 
 
 def share_overflows(plugin: Any, strategy: str, group: dist.ProcessGroup | None = None) -> None:
@@ -30,9 +45,9 @@ def share_overflows(plugin: Any, strategy: str, group: dist.ProcessGroup | None 
             " '16-mixed', 'bf16-mixed', 'bf16-true' or '32-true'."
         )
     scaler = getattr(plugin, "scaler", None)
-    if scaler is None or isinstance(scaler, ShardedGradScaler):
+    if scaler is None or isinstance(scaler, _Scaler):
         return
-    plugin.scaler = ShardedGradScaler(
+    plugin.scaler = _Scaler(
         device=scaler._device,
         init_scale=scaler.get_scale(),
         growth_factor=scaler.get_growth_factor(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +14,6 @@ from lightning_muon.sharding.in_flight import arrive, can_depart, depart
 from lightning_muon.sharding.ownership import Slice
 
 __all__ = ["WeightPublisher"]
-
-# A stage is closed when some rank's share of it reaches this: small enough to be on its way early, large enough to
-# batch matrices and to fill a link.
-_SHARE_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,9 @@ class WeightPublisher:
         group: The process group; `None` is the default one.
         overlap: Whether a parameter whose weights are on their way waits for them when it is read. Without that,
             `finish` must be called before anybody reads.
-        share_bytes: What a rank sends in one stage, about.
+        share_bytes: What a rank sends in one stage, about: small enough to be on its way early, large enough to batch
+            matrices and to fill a link.
+        tell: What to do with a sentence for the user, on every rank.
 
     Attributes:
         stages: The parameters of each stage.
@@ -53,11 +51,12 @@ class WeightPublisher:
     def __init__(
         self,
         slices: Mapping[nn.Parameter, Sequence[Slice]],
-        group: dist.ProcessGroup | None = None,
-        overlap: bool = True,
-        share_bytes: int = _SHARE_BYTES,
+        group: dist.ProcessGroup | None,
+        overlap: bool,
+        share_bytes: int,
+        tell: Callable[[str], None],
     ) -> None:
-        self.group = group
+        self.group, self.tell = group, tell
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.overlap = overlap and all(can_depart(param) for param in slices)
         self.stages = _stages(slices, self.world_size, share_bytes)
@@ -111,7 +110,11 @@ class _Flight:
 
     def seen_by_compiler(self) -> None:
         """Compiled code checks its parameters' class: it would be compiled again for every step."""
-        self.publisher.overlap = False
+        if self.publisher.overlap:
+            self.publisher.overlap = False
+            self.publisher.tell(
+                "muon_zero1: torch.compile reads parameters, so that from now on new weights arrive within the step."
+            )
 
 
 def _stages(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -20,6 +21,8 @@ from lightning_muon.sharding.reduce import GradientReducer
 from lightning_muon.sharding.zero1_partition import Zero1Partition
 
 __all__ = ["Zero1", "Zero1Options", "require_muon"]
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -103,12 +106,17 @@ class Zero1:
         strategy: The strategy's name, for error messages.
         options: What the user chose.
         group: The process group; ``None`` is the default one.
+        tell: What to do with a sentence for the user, on every rank.
     """
 
     def __init__(
-        self, strategy: str, options: Zero1Options | None = None, group: dist.ProcessGroup | None = None
+        self,
+        strategy: str,
+        options: Zero1Options | None = None,
+        group: dist.ProcessGroup | None = None,
+        tell: Callable[[str], None] = _logger.info,
     ) -> None:
-        self.strategy, self.options = strategy, options or Zero1Options()
+        self.strategy, self.options, self.tell = strategy, options or Zero1Options(), tell
         self.reducer = GradientReducer(group)
         self.missing = MissingGradients(self.options.missing_gradients or "zero", group)
         self._overlap = self.options.overlap
@@ -121,26 +129,21 @@ class Zero1:
         self.missing.watch(module.parameters())
         self._overlap = self._overlap and not _reads_out_of_sight(module)
 
-    def adopt(self, optimizers: Iterable[Optimizer]) -> str:
-        """Check the optimizers, plan who owns what, and leave each with this rank's part.
-
-        Returns:
-            What was planned, in words.
+    def adopt(self, optimizers: Iterable[Optimizer]) -> None:
+        """Check the optimizers, plan who owns what, leave each with this rank's part, and tell what was planned.
 
         Raises:
             TypeError: An optimizer is not ``lightning_muon.Muon``.
         """
-        summaries = []
         for optimizer in [require_muon(optimizer, self.strategy) for optimizer in optimizers]:
-            partition = Zero1Partition(
-                optimizer, self.reducer, self.missing, self._overlap, int(self.options.gather_mb * 2**20)
-            )
+            gather_bytes = int(self.options.gather_mb * 2**20)
+            partition = Zero1Partition(optimizer, self.reducer, self.missing, self._overlap, gather_bytes, self.tell)
             optimizer.shard(partition)
-            summaries.append(partition.plan.describe())
-        how = "during the next forward" if self._overlap else "within the step"
-        return (
-            f"{self.strategy}: {'; '.join(summaries)}. Weights arrive {how}. optimizer.explain() shows each parameter."
-        )
+            when = "during the next forward" if partition.overlaps else "within the step"
+            self.tell(
+                f"{self.strategy}: {partition.plan.describe()}. New weights arrive {when}. optimizer.explain() shows"
+                " each parameter."
+            )
 
     def before_backward(self) -> None:
         """Call before every backward."""

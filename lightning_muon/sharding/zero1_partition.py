@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch.distributed as dist
 from torch import Tensor
@@ -28,6 +28,7 @@ class Zero1Partition:
         missing: What is done about gradients that some ranks lack.
         overlap: See ``WeightPublisher``.
         gather_bytes: See ``WeightPublisher``.
+        tell: What to do with a sentence for the user, on every rank.
 
     Raises:
         RuntimeError: The ranks disagree; on every rank.
@@ -40,8 +41,9 @@ class Zero1Partition:
         optimizer: Muon,
         reducer: GradientReducer,
         missing: MissingGradients,
-        overlap: bool = True,
-        gather_bytes: int = 8 << 20,
+        overlap: bool,
+        gather_bytes: int,
+        tell: Callable[[str], None],
     ) -> None:
         self.reducer, self.missing = reducer, missing
         self.rank, self.world_size = reducer.rank, reducer.world_size
@@ -60,7 +62,7 @@ class Zero1Partition:
         policies |= {"missing_gradients": missing.policy, "gather_bytes": gather_bytes}
         self._check_equal_on_all_ranks(f"{self.plan.digest()} {kinds} {policies}", policies)
         slices = {param: self.plan.slices[name] for param, name in self._names.items()}
-        self._publisher = WeightPublisher(slices, reducer.group, overlap, gather_bytes)
+        self._publisher = WeightPublisher(slices, reducer.group, overlap, gather_bytes, tell)
         self._stages = [[self._names[param] for param in stage] for stage in self._publisher.stages]
         reducer.assign(slices)
 
@@ -74,6 +76,11 @@ class Zero1Partition:
                 f" {', '.join(f'{key}={value!r}' for key, value in policies.items())}); hashes by rank: {digests}."
                 " Build the model, the optimizer and the strategy in the same way on every rank."
             )
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether weights may still be on their way when a step is over."""
+        return self._publisher.overlap
 
     def ranges(self, name: str, numel: int) -> Sequence[Range]:
         """The elements this rank owns."""

@@ -128,6 +128,51 @@ def test_norms_are_those_of_each_route():
         assert found == pytest.approx(expected, rel=1e-6)
 
 
+EVERYTHING = {
+    "several": SHAPES,
+    "fewer matrices than ranks": {"a": (63, 63), "b": (5, 4)},
+    "one matrix": {"a": (9, 7)},
+    "no matrix": {"vector": (5,), "row": (1, 7), "column": (6, 1)},
+}
+
+
+def train_with_everything(sharded, shapes):
+    """bfloat16 weights with float32 copies, an idle matrix, clipping, in many stages."""
+    model = Injected(shapes).to(torch.bfloat16)
+    options = {"missing_gradients": "skip", "clip_scope": "adamw"}
+    optimizer = lm.Muon(model, lr=0.02, adamw_lr=0.01, orthogonalization_dtype=torch.float32, master_weights=True)
+    training = ShardedTraining(model, optimizer, options=options) if sharded else Training(model, optimizer)
+    for step in range(8):
+        optimizer.zero_grad()
+        wanted = {name: gradient.bfloat16() for name, gradient in gradients(shapes, step).items()}
+        first = next(iter(wanted.values()))
+        if step in (3, 4) and first.ndim == 2:
+            first.zero_()
+        training.backward(training(wanted))
+        clip_grad_norm_(optimizer, 1.0, scope="adamw")
+        optimizer.step()
+    if sharded:
+        optimizer.consolidate_state_dict()
+    masters = {}
+    if not sharded or dist.get_rank() == 0:
+        state = optimizer.state_dict()
+        for group in state["param_groups"]:
+            for index, name in zip(group["params"], group["param_names"], strict=True):
+                masters[name] = state["state"][index]["master_weight"]
+    return masters, {name: param.detach().clone() for name, param in model.named_parameters()}
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("which", EVERYTHING)
+def test_all_options_together(world_size, which):
+    expected, _ = train_with_everything(False, EVERYTHING[which])
+    results = run_processes(world_size, train_with_everything, True, EVERYTHING[which])
+    for name, master in expected.items():
+        assert relative_error(results[0][0][name], master) <= 1e-6
+        for _, weights in results:
+            assert torch.equal(weights[name], results[0][0][name].bfloat16())
+
+
 class Branches(nn.Module):
     """Two experts as modules of their own; a rank uses those it is told to."""
 

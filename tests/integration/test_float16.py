@@ -112,6 +112,22 @@ def test_a_run_with_an_overflow_equals_one_that_never_saw_the_batch(run, overflo
         assert all(torch.equal(result[name], weight) for name, weight in untroubled[0].items())
 
 
+class Unused(AwkwardLightningModule):
+    def __init__(self):
+        super().__init__()
+        self.unused = torch.nn.Linear(3, 3)
+
+
+def lacks_a_gradient():
+    plugins = [PoolEnvironment(), precision(MixedPrecision)]
+    with pytest.raises(RuntimeError, match=r"unused\.weight"):
+        trainer(3, plugins=plugins).fit(Unused())
+
+
+def test_a_rank_that_others_wait_for_says_so_before_the_scaler_asks():
+    run_processes(2, lacks_a_gradient)
+
+
 def scale_falls_everywhere():
     plugin = precision(MixedPrecision)
     module = Overflowing(1, 0)
