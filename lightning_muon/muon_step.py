@@ -83,10 +83,11 @@ def idle_matrices(owned: Iterable[tuple[OwnedParameter, MatrixLayout]]) -> froze
     """The matrices whose gradient is exactly zero. Waits for the device, once."""
     keys, any_gradient = [], []
     for parameter, layout in owned:
-        for run in parameter.runs():
-            for key, block, place in _matrices_of(parameter, layout, run):
+        gradient = parameter.flat_gradient()
+        for start, stop in parameter.ranges:
+            for key, block, place in _matrices_of(parameter.name, layout, start, stop):
                 keys.append(key)
-                any_gradient.append(block.views(run.gradient, run.start)[place].any())
+                any_gradient.append(block.views(gradient)[place].any())
     if not keys:
         return frozenset()
     is_active = torch.stack([flag.to(any_gradient[0].device) for flag in any_gradient]).tolist()
@@ -94,13 +95,13 @@ def idle_matrices(owned: Iterable[tuple[OwnedParameter, MatrixLayout]]) -> froze
 
 
 def _matrices_of(
-    parameter: OwnedParameter, layout: MatrixLayout, run: Run
+    name: str, layout: MatrixLayout, start: int, stop: int
 ) -> Iterator[tuple[MatrixKey, MatrixBlock, int]]:
-    """Key of every matrix in a run, the block that holds it, and its place in the block."""
+    """Key of every matrix in a run of elements, the block that holds it, and its place in the block."""
     for block in layout.blocks():
-        if run.start <= block.start < run.stop:
+        if start <= block.start < stop:
             for place in range(len(block.cuts)):
-                yield (parameter.name, block.index + place), block, place
+                yield (name, block.index + place), block, place
 
 
 def _advance_momentum(
@@ -110,7 +111,7 @@ def _advance_momentum(
     group = parameter.group
     for run in runs:
         gradient = run.gradient.neg() if group["maximize"] else run.gradient
-        for key, block, place in _matrices_of(parameter, layout, run):
+        for key, block, place in _matrices_of(parameter.name, layout, run.start, run.stop):
             if key in idle:
                 continue
             weight, own, buffer = (

@@ -50,10 +50,14 @@ class OwnedParameter:
     ranges: Sequence[Range]
     group: Mapping[str, Any]
 
+    def flat_gradient(self) -> Tensor:
+        """`(numel,)`, the whole parameter's."""
+        assert self.param.grad is not None
+        return self.param.grad.reshape(-1)
+
     def runs(self) -> list[Run]:
         """The owned elements. Call `write_back` with them when their weights are updated."""
-        assert self.param.grad is not None
-        weight, gradient = self.param.detach().reshape(-1), self.param.grad.reshape(-1)
+        weight, gradient = self.param.detach().reshape(-1), self.flat_gradient()
         runs, offset = [], 0
         for start, stop in self.ranges:
             state = {

@@ -82,7 +82,8 @@ class WeightPublisher:
     def finish(self) -> None:
         """Wait for all weights."""
         while self._flights:
-            self._flights.pop(0).land()
+            self._flights[0].land()
+            self._flights.pop(0)
 
 
 class _Flight:
@@ -91,22 +92,22 @@ class _Flight:
     def __init__(self, publisher: WeightPublisher, stage: int) -> None:
         self.publisher, self.stage = publisher, stage
         self.gatherings: list[tuple[_Exchange, Gathering]] = []
-        self.has_landed = False
 
     def land(self) -> None:
         """Wait for the stage and write it into the parameters."""
-        if self.has_landed:
+        if not self.gatherings:
             return
-        self.has_landed = True
+        # should a rank be lost, the parameters stay in flight: to read one is an error, and not last step's weight
+        arrived = [(exchange, gathering.wait()) for exchange, gathering in self.gatherings]
+        self.gatherings.clear()
         for param in self.publisher.stages[self.stage]:
             arrive(param)
         # a forward under inference_mode may be the first to read; the parameters are ordinary tensors all the same
         with torch.inference_mode(False), torch.no_grad():
-            for exchange, gathering in self.gatherings:
-                for rank, part in enumerate(gathering.wait()):
+            for exchange, parts in arrived:
+                for rank, part in enumerate(parts):
                     if rank != self.publisher.rank:
                         _write(exchange.pieces[rank], part)
-        self.gatherings.clear()
 
     def seen_by_compiler(self) -> None:
         """Compiled code checks its parameters' class: it would be compiled again for every step."""

@@ -134,8 +134,8 @@ class GradientReducer:
         return f" ({', '.join(found[:5])}{more})" if found else ""
 
     def _is_awaited(self, param: nn.Parameter) -> bool:
-        module = self._module_of[param]
-        return not (module.find_unused_parameters or module.static_graph)
+        module = self._module_of.get(param)
+        return module is not None and not (module.find_unused_parameters or module.static_graph)
 
     def _check_owners(self) -> None:
         for module in self._modules[self._modules_checked :]:

@@ -87,7 +87,7 @@ class Zero1Partition:
         return self._ranges[name]
 
     def check_gradients(self) -> None:
-        """Raise if the gradients have not been brought to their owners."""
+        """Apply the policy on missing gradients, and raise if not all have been brought to their owners."""
         self.reducer.check_complete(self._names)
         self.missing.resolve(self._names)
 

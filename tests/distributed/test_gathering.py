@@ -9,6 +9,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import lightning_muon as lm
+from lightning_muon.sharding.collectives import Gathering
 from lightning_muon.sharding.in_flight import InFlight
 from lightning_muon.sharding.zero1 import Zero1, Zero1Options
 from tests.models import awkward_model, token_batches
@@ -205,7 +206,31 @@ def reads_out_of_sight():
     training.optimizer.partition.finish_publishing()
 
 
-@pytest.mark.parametrize("check", [travels_and_lands, waits_where_it_was_told_to, reads_out_of_sight])
+def a_lost_rank_is_no_stale_weight():
+    model = nn.Linear(3, 3)
+    training = ShardedTraining(model, lm.Muon(model, lr=0.1))
+    training.backward(training(torch.ones(2, 3)).sum())
+    training.optimizer.step()
+    original = Gathering.wait
+
+    def lose(self):
+        raise RuntimeError("connection closed by peer")
+
+    Gathering.wait = lose
+    try:
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="connection closed"):
+                model(torch.ones(2, 3))
+    finally:
+        Gathering.wait = original
+    assert in_flight(model)
+    model(torch.ones(2, 3))
+    assert not in_flight(model)
+
+
+@pytest.mark.parametrize(
+    "check", [a_lost_rank_is_no_stale_weight, travels_and_lands, waits_where_it_was_told_to, reads_out_of_sight]
+)
 def test_in_flight(check):
     run_processes(2, check)
 
