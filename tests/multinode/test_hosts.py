@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(not _PERMITTED, reason=_REASON)
 
 ROOT = Path(__file__).parents[2]
 NUM_BYTES = 1_000_000
+MAX_OVERHEAD = 1.2  # headers, which weigh more in a young connection's small packets, and repeats
 RECEIVE = f"""
 import socket
 with socket.create_server(("", 5000)) as server:
@@ -73,8 +74,8 @@ def test_bytes_between_two_hosts_are_counted_on_both(count, rate):
         sender = hosts[-1].start([sys.executable, "-c", SEND, hosts[0].address])
         assert wait_all([sender, receiver], 60) == [0, 0]
         sent, received = hosts[-1].wire_bytes()[0], hosts[0].wire_bytes()[1]
-        assert NUM_BYTES <= sent <= 1.05 * NUM_BYTES
-        assert NUM_BYTES <= received <= 1.05 * NUM_BYTES
+        assert NUM_BYTES <= sent <= MAX_OVERHEAD * NUM_BYTES
+        assert NUM_BYTES <= received <= MAX_OVERHEAD * NUM_BYTES
         for uninvolved in hosts[1:-1]:
             assert max(uninvolved.wire_bytes()) < 0.01 * NUM_BYTES
 
