@@ -59,7 +59,8 @@ class Muon(Optimizer):
         orthogonalization: A name (see ``lightning_muon.orthogonalize``) or a sequence of ``(a, b, c)``.
         orthogonalization_dtype: ``None`` takes bfloat16 on CUDA and float32 elsewhere.
         adamw_lr: Learning rate of the rest; ``None`` means ``lr``.
-        betas, eps: AdamW's.
+        betas: AdamW's.
+        eps: AdamW's.
         maximize: Ascend.
         rules: ``lightning_muon.Rule`` s tried before the built-in ones, in order.
         nonfinite: What to do about a NaN or an infinity in a gradient, decided for all processes together before

@@ -101,7 +101,9 @@ def mark(
     Args:
         param: The parameter.
         algorithm: ``"muon"`` or ``"adamw"``.
-        split_sizes, num_heads, transposed: See ``Rule``.
+        split_sizes: See ``Rule``.
+        num_heads: See ``Rule``.
+        transposed: See ``Rule``.
 
     Returns:
         ``param``, marked.

@@ -36,7 +36,9 @@ def log_optimizer(
         optimizer: The optimizer, as ``fabric.setup`` returned it or bare.
         step: The step to log at.
         families: The measures; the spectral ones cost an eigenvalue decomposition per matrix.
-        include, exclude, mode: See ``lightning_muon.UpdateRMSMonitor``.
+        include: See ``lightning_muon.UpdateRMSMonitor``.
+        exclude: See there.
+        mode: See there.
 
     Returns:
         The values by key, on every process.

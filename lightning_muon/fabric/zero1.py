@@ -31,7 +31,10 @@ class MuonZero1Strategy(DDPStrategy):
     gradient and returns it.
 
     Args:
-        overlap, gather_mb, missing_gradients, clip_scope: See ``lightning_muon.sharding.zero1.Zero1Options``.
+        overlap: See ``lightning_muon.sharding.zero1.Zero1Options``.
+        gather_mb: See there.
+        missing_gradients: See there.
+        clip_scope: See there.
         **kwargs: Those of ``lightning.fabric.strategies.DDPStrategy``. ``gradient_as_bucket_view`` is ``True`` unless
             said otherwise, which saves a copy of the gradients.
 

@@ -33,7 +33,10 @@ class MuonZero1Strategy(DDPStrategy):
     element. Together the ranks send what DDP sends, and hold one copy of the optimizer state.
 
     Args:
-        overlap, gather_mb, missing_gradients, clip_scope: See ``lightning_muon.sharding.zero1.Zero1Options``.
+        overlap: See ``lightning_muon.sharding.zero1.Zero1Options``.
+        gather_mb: See there.
+        missing_gradients: See there.
+        clip_scope: See there.
         **kwargs: Those of ``lightning.pytorch.strategies.DDPStrategy``, without its communication hooks and
             model averaging. ``gradient_as_bucket_view`` is ``True`` unless said otherwise, which saves a copy of the
             gradients.
