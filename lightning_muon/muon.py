@@ -196,6 +196,16 @@ class Muon(Optimizer):
         self._partition.end_step()
         return loss
 
+    def synchronize(self) -> None:
+        """Wait until all weights of the last step have arrived on this process.
+
+        Under a sharded strategy they may still be on their way when ``step`` returns. Whoever reads a parameter by
+        torch's Python functions waits by himself; call this before anything that reads it otherwise: TorchScript,
+        ``torch.func`` transformations of the parameters, C++ extensions, aliases such as ``weight.detach()`` kept
+        from an earlier step.
+        """
+        self._partition.finish_publishing()
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients."""
         super().zero_grad(set_to_none)

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 from lightning.fabric.utilities import rank_zero_info
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_muon.muon import Muon
 from lightning_muon.sharding.clipping import ClipScope, clip_grad_norm_
 from lightning_muon.sharding.missing import MissingPolicy
 from lightning_muon.sharding.precision import share_overflows
@@ -67,7 +69,8 @@ class MuonZero1Strategy(DDPStrategy):
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
-        share_overflows(self.precision_plugin, type(self).__name__)
+        if trainer.state.fn == TrainerFn.FITTING:
+            share_overflows(self.precision_plugin, type(self).__name__)
         # The Trainer clips through the precision plugin, whatever its class; only its norm has to be another.
         self.precision_plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
         super().setup(trainer)
@@ -84,6 +87,27 @@ class MuonZero1Strategy(DDPStrategy):
         super().setup_optimizers(trainer)
         assert self._zero1 is not None
         self._zero1.adopt(self.optimizers)
+
+    @override
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        self._synchronize()
+
+    @override
+    def on_test_start(self) -> None:
+        super().on_test_start()
+        self._synchronize()
+
+    @override
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        self._synchronize()
+
+    def _synchronize(self) -> None:
+        """Modules have fast ways in evaluation that look at the classes of their parameters."""
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, Muon):
+                optimizer.synchronize()
 
     @override
     def pre_backward(self, closure_loss: Tensor) -> None:

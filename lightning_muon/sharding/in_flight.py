@@ -3,8 +3,8 @@
 A hook before a module's forward would not do. Attention reads its output projection's weight without calling that
 module, a tied head reads another module's, an average of the weights takes all of them from a list; each would silently
 get last step's values. So the wait hangs on the tensor: while it is in flight a parameter has the class `InFlight`,
-whose `__torch_function__` sees every use of it from Python, waits, and gives the class back. (torch itself turns a lazy
-module's `UninitializedParameter` into a `Parameter` like this.)
+whose `__torch_function__` sees its uses by torch's Python functions, waits, and gives the class back. (torch itself
+turns a lazy module's `UninitializedParameter` into a `Parameter` like this.)
 """
 
 from __future__ import annotations
@@ -49,6 +49,10 @@ class InFlight(nn.Parameter):
     """The class of a parameter in flight."""
 
     flight: Flight
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> nn.Parameter:  # type: ignore[misc]
+        """`type(param)(data)` makes a parameter like any other."""
+        return nn.Parameter(*args, **kwargs)
 
     @classmethod
     def __torch_function__(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.optim import Optimizer
@@ -32,12 +33,12 @@ def share_overflows(plugin: Any, strategy: str, group: dist.ProcessGroup | None 
     torch's scaler for sharded gradients, which FSDP uses too, sums what was found before anybody decides.
 
     Args:
-        plugin: The plugin, of the Trainer or of Fabric; its scaler is replaced by one of the same settings.
+        plugin: The plugin, of the Trainer or of Fabric; its scaler is changed in place.
         strategy: The strategy's name, for error messages.
         group: The process group; ``None`` is the default one.
 
     Raises:
-        ValueError: The plugin computes in float16 without a scaler.
+        ValueError: The plugin computes in float16 without a scaler, or its scaler is a class of the user's own.
     """
     if getattr(plugin, "precision", None) == "16-true":
         raise ValueError(
@@ -47,12 +48,10 @@ def share_overflows(plugin: Any, strategy: str, group: dist.ProcessGroup | None 
     scaler = getattr(plugin, "scaler", None)
     if scaler is None or isinstance(scaler, _Scaler):
         return
-    plugin.scaler = _Scaler(
-        device=scaler._device,
-        init_scale=scaler.get_scale(),
-        growth_factor=scaler.get_growth_factor(),
-        backoff_factor=scaler.get_backoff_factor(),
-        growth_interval=scaler.get_growth_interval(),
-        enabled=scaler.is_enabled(),
-        process_group=group or dist.group.WORLD,
-    )
+    if type(scaler) not in (torch.amp.GradScaler, torch.cuda.amp.GradScaler, ShardedGradScaler):
+        raise ValueError(
+            f"{strategy} cannot have {type(scaler).__qualname__} ask the other processes about overflows. Pass a"
+            " torch.amp.GradScaler."
+        )
+    scaler.__class__ = _Scaler  # the user's object, with its scale and whatever it has loaded
+    scaler.process_group = group or dist.group.WORLD

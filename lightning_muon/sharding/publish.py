@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -62,6 +65,7 @@ class WeightPublisher:
         self.stages = _stages(slices, self.world_size, share_bytes)
         self._exchanges = [_exchanges(stage, slices, group) for stage in self.stages]
         self._flights: list[_Flight] = []
+        _publishers.add(self)
 
     @torch.no_grad()
     def publish(self, stage: int) -> None:
@@ -86,28 +90,42 @@ class WeightPublisher:
             self._flights.pop(0)
 
 
+# A process that is forked while weights travel does not have the threads that would bring them.
+_publishers: weakref.WeakSet[WeightPublisher] = weakref.WeakSet()
+
+
+def _finish_all() -> None:
+    for publisher in list(_publishers):
+        publisher.finish()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_finish_all)
+
+
 class _Flight:
     """A stage on its way."""
 
     def __init__(self, publisher: WeightPublisher, stage: int) -> None:
         self.publisher, self.stage = publisher, stage
         self.gatherings: list[tuple[_Exchange, Gathering]] = []
+        self._lock = threading.RLock()  # another thread may read, too
 
     def land(self) -> None:
         """Wait for the stage and write it into the parameters."""
-        if not self.gatherings:
-            return
-        # should a rank be lost, the parameters stay in flight: to read one is an error, and not last step's weight
-        arrived = [(exchange, gathering.wait()) for exchange, gathering in self.gatherings]
-        self.gatherings.clear()
-        for param in self.publisher.stages[self.stage]:
-            arrive(param)
-        # a forward under inference_mode may be the first to read; the parameters are ordinary tensors all the same
-        with torch.inference_mode(False), torch.no_grad():
-            for exchange, parts in arrived:
-                for rank, part in enumerate(parts):
-                    if rank != self.publisher.rank:
-                        _write(exchange.pieces[rank], part)
+        with self._lock:
+            # Until everything is written the parameters stay in flight. Should a rank be lost, or the wait be
+            # interrupted, to read one is an error or another wait, and never a weight of the last step.
+            # A forward under inference_mode may be the first to read; the parameters are ordinary tensors all the same.
+            with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False), torch.no_grad():
+                for exchange, gathering in self.gatherings:
+                    for rank, part in enumerate(gathering.wait()):
+                        if rank != self.publisher.rank:
+                            _write(exchange.pieces[rank], part)
+            if self.gatherings:
+                for param in self.publisher.stages[self.stage]:
+                    arrive(param)
+                self.gatherings = []
 
     def seen_by_compiler(self) -> None:
         """Compiled code checks its parameters' class: it would be compiled again for every step."""

@@ -48,17 +48,17 @@ class GradientReducer:
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self._slices: dict[nn.Parameter, tuple[Slice, ...]] = {}
         self._exchanges: dict[tuple[int, ...], list[_Exchange]] = {}
-        self._modules: list[DistributedDataParallel] = []
         self._module_of: dict[nn.Parameter, DistributedDataParallel] = {}
-        self._modules_checked = 0
         # Parameters whose gradient is an average by now, and averages set aside during another backward.
         self._reduced: set[nn.Parameter] = set()
         self._set_aside: dict[nn.Parameter, list[Tensor]] = {}
 
     def attach(self, module: DistributedDataParallel) -> None:
         """Reduce this module's gradients; before its first backward."""
-        self._modules.append(module)
         self._module_of.update(dict.fromkeys(module.parameters(), module))
+        for param in module.parameters():
+            if param.requires_grad:
+                param.register_post_accumulate_grad_hook(_refuse_in_flight)  # type: ignore[no-untyped-call]
         module.register_comm_hook(None, self._hook)
 
     def parameters(self) -> Iterable[nn.Parameter]:
@@ -68,6 +68,7 @@ class GradientReducer:
     def assign(self, slices: Mapping[nn.Parameter, tuple[Slice, ...]]) -> None:
         """Say who owns these parameters."""
         self._slices.update(slices)
+        self._exchanges.clear()
 
     def before_backward(self) -> None:
         """Set averaged gradients aside, so that the local ones of another backward do not mix with them.
@@ -138,15 +139,14 @@ class GradientReducer:
         return module is not None and not (module.find_unused_parameters or module.static_graph)
 
     def _check_owners(self) -> None:
-        for module in self._modules[self._modules_checked :]:
-            for name, param in module.module.named_parameters():
-                if param.requires_grad and param not in self._slices:
-                    raise RuntimeError(
-                        f"The parameter {name!r} requires a gradient but belongs to no optimizer, so that no process"
-                        " owns it. Pass it to lm.Muon, or freeze it with requires_grad_(False) before the strategy"
-                        " sets up the model."
-                    )
-        self._modules_checked = len(self._modules)
+        for param, module in self._module_of.items():
+            if param.requires_grad and param not in self._slices:
+                name = next(name for name, other in module.module.named_parameters() if other is param)
+                raise RuntimeError(
+                    f"The parameter {name!r} requires a gradient but belongs to no optimizer, so that no process owns"
+                    " it. Pass it to lm.Muon, or freeze it with requires_grad_(False), before the strategy sets up the"
+                    " model; what is frozen then cannot be unfrozen later."
+                )
 
     def _own_runs(self, param: nn.Parameter, tensor: Tensor) -> Iterable[Tensor]:
         if not tensor.is_contiguous():  # such a parameter has one owner for all of it
@@ -163,11 +163,6 @@ class GradientReducer:
                 "A second backward before optimizer.zero_grad() would mix averaged and local gradients, because the"
                 " strategy was not told of it. Call fabric.backward(loss) or self.manual_backward(loss), not"
                 " loss.backward(); and optimizer.zero_grad(), not model.zero_grad()."
-            )
-        if any(isinstance(param, InFlight) and self._is_awaited(param) for param in params):
-            raise RuntimeError(
-                "This forward used weights of the last step, because it read parameters in a way that the strategy does"
-                " not see (TorchScript, torch.func.grad). Pass overlap=False to the strategy."
             )
         self._reduced.update(params)
         if self.world_size == 1:
@@ -213,3 +208,12 @@ class GradientReducer:
                 offset += param.numel()
             self._exchanges[key] = [_Exchange(chunk) for chunk in in_chunks(pieces, buffer, self.group)]
         return self._exchanges[key]
+
+
+def _refuse_in_flight(param: nn.Parameter) -> None:
+    if isinstance(param, InFlight):
+        raise RuntimeError(
+            "This forward used weights of the last step, because it read parameters in a way that the strategy does not"
+            " see (TorchScript, a C++ extension). Pass overlap=False to the strategy, or call optimizer.synchronize()"
+            " first."
+        )

@@ -120,6 +120,7 @@ class Zero1:
         self.reducer = GradientReducer(group)
         self.missing = MissingGradients(self.options.missing_gradients or "zero", group)
         self._overlap = self.options.overlap
+        self._optimizers: list[Muon] = []
         if "gloo" in dist.get_backend(group):
             end_process_group_at_exit()
 
@@ -127,6 +128,7 @@ class Zero1:
         """Have the module's gradients reduced to their owners."""
         self.reducer.attach(module)
         self.missing.watch(module.parameters())
+        module.register_forward_pre_hook(self._synchronize_for_evaluation)
         self._overlap = self._overlap and not _reads_out_of_sight(module)
 
     def adopt(self, optimizers: Iterable[Optimizer]) -> None:
@@ -139,11 +141,18 @@ class Zero1:
             gather_bytes = int(self.options.gather_mb * 2**20)
             partition = Zero1Partition(optimizer, self.reducer, self.missing, self._overlap, gather_bytes, self.tell)
             optimizer.shard(partition)
+            self._optimizers.append(optimizer)
             when = "during the next forward" if partition.overlaps else "within the step"
             self.tell(
                 f"{self.strategy}: {partition.plan.describe()}. New weights arrive {when}. optimizer.explain() shows"
                 " each parameter."
             )
+
+    def _synchronize_for_evaluation(self, module: nn.Module, _inputs: Any) -> None:
+        """Modules have fast ways in evaluation that look at the classes of their parameters."""
+        if not module.training:
+            for optimizer in self._optimizers:
+                optimizer.synchronize()
 
     def before_backward(self) -> None:
         """Call before every backward."""
