@@ -1,6 +1,8 @@
 """Weights on their way: exact bytes, every reader waits, and the result is that of a step that waits itself."""
 
 import copy
+import os
+import threading
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import lightning_muon as lm
+from lightning_muon.sharding import publish
 from lightning_muon.sharding.collectives import Gathering
 from lightning_muon.sharding.in_flight import InFlight
 from lightning_muon.sharding.zero1 import Zero1, Zero1Options
@@ -195,15 +198,21 @@ def test_activation_checkpointing(use_reentrant):
 
 
 def reads_out_of_sight():
+    for options in ({}, {"find_unused_parameters": True}):
+        read_out_of_sight(options)
+
+
+def read_out_of_sight(options):
     model = nn.Linear(3, 3)
-    training = ShardedTraining(model, lm.Muon(model, lr=0.1))
+    training = ShardedTraining(model, lm.Muon(model, lr=0.1), **options)
     x = torch.ones(2, 3)
     training.backward(training(x).sum())
     training.optimizer.step()
     training.optimizer.zero_grad()
     with torch._C.DisableTorchFunctionSubclass(), pytest.raises(RuntimeError, match="Pass overlap=False"):
         training.backward(training(x).sum())
-    training.optimizer.partition.finish_publishing()
+    training.optimizer.synchronize()
+    assert not in_flight(model)
 
 
 def a_lost_rank_is_no_stale_weight():
@@ -228,8 +237,134 @@ def a_lost_rank_is_no_stale_weight():
     assert not in_flight(model)
 
 
+def an_interrupted_wait_is_no_stale_weight():
+    """The exception comes in the middle: some of the stage has been written, some has not."""
+    model = nn.Linear(40, 40)
+    training = ShardedTraining(model, lm.Muon(model, lr=0.1), Zero1("test", Zero1Options(gather_mb=8.0)))
+    training.backward(training(torch.ones(2, 40)).sum())
+    training.optimizer.step()
+    original, calls = publish._write, []
+
+    def interrupted(*arguments):
+        original(*arguments)
+        calls.append(1)
+        raise KeyboardInterrupt
+
+    publish._write = interrupted
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            model.state_dict()
+    finally:
+        publish._write = original
+    assert calls
+    assert in_flight(model)
+    for weight in model.state_dict().values():
+        first = weight.clone()
+        dist.broadcast(first, 0)
+        assert torch.equal(first, weight)
+
+
+def another_thread_waits_too():
+    model = awkward_model()
+    training = ShardedTraining(model, lm.Muon(model, lr=0.1), Zero1("test", Zero1Options(gather_mb=8.0)))
+    step(training, token_batches(1, 12)[0])
+    original, found, readers = Gathering.wait, [], []
+
+    def slow(self):
+        if not readers:
+            read = threading.Thread(target=lambda: found.append(model.lm_head.weight.detach().clone()))
+            readers.append(read)
+            read.start()
+            read.join(0.2)
+            assert not found, "nothing has been written yet"
+        return original(self)
+
+    Gathering.wait = slow
+    try:
+        model.state_dict()
+    finally:
+        Gathering.wait = original
+    readers[0].join()
+    assert torch.equal(found[0], model.lm_head.weight)
+
+
+def a_forked_process_reads_what_has_arrived():
+    model = awkward_model()
+    training = ShardedTraining(model, lm.Muon(model, lr=0.1))
+    step(training, token_batches(1, 12)[0])
+    assert in_flight(model)
+    child = os.fork()
+    if not child:
+        os._exit(1 if in_flight(model) else 0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def evaluation_finds_everything_there():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    training = ShardedTraining(model, lm.Muon(model, lr=0.1))
+    training.backward(training(torch.ones(2, 3)).sum())
+    training.optimizer.step()
+    assert in_flight(model)
+    training.module.eval()
+    seen = []
+    model[0].register_forward_pre_hook(lambda *_: seen.append(in_flight(model)))
+    training(torch.ones(2, 3))
+    assert seen == [[]]
+
+
+def a_parameter_of_the_same_class_is_one_like_any_other():
+    model = nn.Linear(3, 3)
+    training = ShardedTraining(model, lm.Muon(model, lr=0.1))
+    training.backward(training(torch.ones(2, 3)).sum())
+    training.optimizer.step()
+    assert type(type(model.weight)(torch.zeros(2))) is nn.Parameter
+
+
+def a_second_optimizer_has_owners_of_its_own():
+    model, single = awkward_model(), awkward_model()
+    zero1 = Zero1("test")
+    everything_by_adamw = [{"params": list(model.named_parameters()), "algorithm": "adamw"}]
+    training = ShardedTraining(model, lm.Muon(everything_by_adamw, lr=0.0), zero1)
+    tokens = token_batches(1, 12)[0]
+    for _ in range(2):  # DDP puts its buckets together anew after the first
+        step(training, tokens)
+    training.optimizer.zero_grad()
+    training.optimizer = lm.Muon(model, lr=0.01)
+    zero1.adopt([training.optimizer])
+    reference = lm.Muon(single, lr=0.01)
+    for _ in range(2):
+        step(training, tokens)
+        reference.zero_grad()
+        single(tokens[:, :-1]).logsumexp(-1).mean().backward()
+        reference.step()
+    for found, wanted in zip(model.parameters(), single.parameters(), strict=True):
+        torch.testing.assert_close(found.detach(), wanted.detach(), rtol=1e-4, atol=1e-5)
+
+
+def unfreezing_is_an_error():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[0].requires_grad_(False)
+    training = ShardedTraining(model, lm.Muon(model, lr=0.1))
+    model[0].requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r"'0\.weight'.*cannot be unfrozen"):
+        training.backward(training(torch.ones(2, 3)).sum())
+
+
 @pytest.mark.parametrize(
-    "check", [a_lost_rank_is_no_stale_weight, travels_and_lands, waits_where_it_was_told_to, reads_out_of_sight]
+    "check",
+    [
+        a_lost_rank_is_no_stale_weight,
+        an_interrupted_wait_is_no_stale_weight,
+        another_thread_waits_too,
+        a_forked_process_reads_what_has_arrived,
+        evaluation_finds_everything_there,
+        a_parameter_of_the_same_class_is_one_like_any_other,
+        a_second_optimizer_has_owners_of_its_own,
+        unfreezing_is_an_error,
+        travels_and_lands,
+        waits_where_it_was_told_to,
+        reads_out_of_sight,
+    ],
 )
 def test_in_flight(check):
     run_processes(2, check)
