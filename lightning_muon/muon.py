@@ -111,6 +111,8 @@ class Muon(Optimizer):
             raise ValueError(f"nonfinite={nonfinite!r} is not known; choose 'raise', 'skip' or 'propagate'.")
         if idle_matrices not in ("skip", "update"):
             raise ValueError(f"idle_matrices={idle_matrices!r} is not known; choose 'skip' or 'update'.")
+        if not isinstance(master_weights, bool):
+            raise ValueError(f"master_weights={master_weights!r} must be True or False.")
         groups, module = as_param_groups(params)
         self.nonfinite = nonfinite
         self.idle_matrices = idle_matrices

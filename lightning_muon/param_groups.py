@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_muon.names import canonical_name
@@ -152,11 +153,19 @@ def check_options(group: dict[str, Any], defaults: Mapping[str, Any], adamw_opti
         raise ValueError(f"Group {group['name']!r} has options that Muon does not know: {', '.join(unknown)}.")
     options = {**defaults, **group}
     for key in ("lr", "weight_decay", "eps"):
-        if not 0 <= float(options.get(key, 0)) < float("inf"):
-            raise ValueError(f"{key}={options[key]!r} must be a finite number, 0 or more.")
-    for value in (options["momentum"], *options.get("betas", ())):
+        value = options.get(key, 0)
+        if isinstance(value, str) or not 0 <= float(value) < float("inf"):
+            hint = " (adamw_lr, where that was given)" if key == "lr" and group["algorithm"] == "adamw" else ""
+            raise ValueError(f"{key}={value!r}{hint} must be a finite number, 0 or more.")
+    betas = options.get("betas", (0, 0))
+    if len(betas) != 2:
+        raise ValueError(f"betas={betas!r} must be two numbers.")
+    for key, value in (("momentum", options["momentum"]), ("betas", betas[0]), ("betas", betas[1])):
         if not 0 <= value < 1:
-            raise ValueError(f"momentum and betas must be in [0, 1); got {value!r}.")
+            raise ValueError(f"{key}: {value!r} must be in [0, 1).")
+    dtype = options["orthogonalization_dtype"]
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise ValueError(f"orthogonalization_dtype={dtype!r} must be a torch.dtype, torch.bfloat16 say, or None.")
     update_scale(options["scale"], 1, 1)
     if group["algorithm"] == "muon":
         orthogonalization = options["orthogonalization"]

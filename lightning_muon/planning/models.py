@@ -95,13 +95,13 @@ def from_configs(path: str | None, files: Sequence[Path]) -> nn.Module:
 
 
 def from_hugging_face(path: Path) -> nn.Module:
-    """The causal language model of a Hugging Face ``config.json`` (or of the folder that it is in).
+    """The causal language model of a Hugging Face configuration: a JSON file, or a folder with a ``config.json``.
 
     No code is taken from the folder, and nothing from a network.
     """
-    folder = path.parent if path.name == "config.json" else path
-    if not (folder / "config.json").is_file():
-        raise UsageError(f"--hf {path}: expected a config.json, or a folder with one")
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UsageError(f"--hf {path}: there is no such file; expected a JSON file, or a folder with a config.json")
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError:
@@ -110,7 +110,7 @@ def from_hugging_face(path: Path) -> nn.Module:
     return _build(
         f"--hf {path}",
         lambda: AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            AutoConfig.from_pretrained(folder, **options), trust_remote_code=False
+            AutoConfig.from_pretrained(file, **options), trust_remote_code=False
         ),
     )
 

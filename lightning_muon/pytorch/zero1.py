@@ -131,8 +131,11 @@ class MuonZero1Strategy(DDPStrategy):
         super().teardown()
 
     def __repr__(self) -> str:
-        # pytorch_lightning.Trainer prints this when it refuses the object
-        return f"<{type(self).__name__}: a strategy of lightning.pytorch.Trainer, not of pytorch_lightning.Trainer>"
+        # pytorch_lightning.Trainer and Fabric print this when they refuse the object
+        return (
+            f"<lightning_muon.{type(self).__name__}: a strategy of lightning.pytorch.Trainer, not of"
+            " pytorch_lightning.Trainer; for Fabric there is lightning_muon.fabric.MuonZero1Strategy>"
+        )
 
     @classmethod
     @override

@@ -110,29 +110,32 @@ class GradientReducer:
         ranks, or is still waited for by the others."""
         if self.world_size == 1:
             return
-        if any(param.grad is not None and param not in self._reduced for param in names):
+        is_local = any(param.grad is not None and param not in self._reduced for param in names)
+        unused = self._without_gradient(names) if is_local or not self._reduced.isdisjoint(names) else ""
+        if unused:
             raise RuntimeError(
-                "Gradients that were not averaged over the processes. Either the last backward"
-                " ran under no_backward_sync (or no_sync): leave the last micro-batch of each step out of it. Or it"
-                " was loss.backward(): call self.manual_backward(loss), or fabric.backward(loss). Or some parameters"
-                f" take no part in the loss{self._without_gradient(names)}, and the others wait for them: use"
-                " strategy='muon_zero1_find_unused_parameters_true'."
+                f"No gradient on this process for {unused}, which takes no part in the loss here; the other processes"
+                " wait for it. Choose what that means by MuonZero1Strategy(missing_gradients='zero') (average with"
+                " zeros; the same as strategy='muon_zero1_find_unused_parameters_true') or 'skip' (leave the parameter"
+                " alone for the step); or freeze it before the strategy sets up the model. (If the last backward ran"
+                " under no_backward_sync, leave the last micro-batch of each step out of that.)"
             )
-        if not self._reduced.isdisjoint(names) and (unused := self._without_gradient(names)):
+        if is_local:
             raise RuntimeError(
-                f"Parameters that take no part in the loss{unused}, while other processes may wait for their gradients:"
-                " use strategy='muon_zero1_find_unused_parameters_true', or freeze them with requires_grad_(False)."
+                "Gradients that were not averaged over the processes. Either the last backward ran under"
+                " no_backward_sync (or no_sync): leave the last micro-batch of each step out of it. Or it was"
+                " loss.backward(): call self.manual_backward(loss), or fabric.backward(loss)."
             )
 
     def _without_gradient(self, names: Mapping[nn.Parameter, str]) -> str:
-        """The parameters that DDP waits for, in brackets, if there are any."""
+        """The parameters that DDP waits for, if there are any."""
         found = [
             name
             for param, name in names.items()
             if param.requires_grad and param.grad is None and param not in self._reduced and self._is_awaited(param)
         ]
         more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-        return f" ({', '.join(found[:5])}{more})" if found else ""
+        return ", ".join(found[:5]) + more
 
     def _is_awaited(self, param: nn.Parameter) -> bool:
         module = self._module_of.get(param)

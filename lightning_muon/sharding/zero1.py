@@ -51,16 +51,19 @@ class Zero1Options:
     clip_scope: ClipScope = "all"
 
     def __post_init__(self) -> None:
-        if not self.gather_mb > 0:
+        if not isinstance(self.overlap, bool):
+            raise ValueError(f"overlap={self.overlap!r} must be True or False.")
+        if not isinstance(self.gather_mb, (int, float)) or not 0 < self.gather_mb < float("inf"):
             raise ValueError(f"gather_mb={self.gather_mb!r} must be a positive number of MiB.")
         if self.missing_gradients not in (None, *get_args(MissingPolicy)):
             raise ValueError(
                 f"missing_gradients={self.missing_gradients!r} is not known; choose one of"
-                f" {', '.join(get_args(MissingPolicy))}, or None."
+                f" {', '.join(map(repr, get_args(MissingPolicy)))}, or leave it out."
             )
         if self.clip_scope not in get_args(ClipScope):
             raise ValueError(
-                f"clip_scope={self.clip_scope!r} is not known; choose one of {', '.join(get_args(ClipScope))}."
+                f"clip_scope={self.clip_scope!r} is not known; choose one of"
+                f" {', '.join(map(repr, get_args(ClipScope)))}."
             )
 
     def ddp_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
