@@ -260,11 +260,12 @@ def llama(tmp_path):
 
 
 def test_a_hugging_face_configuration(llama, monkeypatch):
-    for path in (llama, llama / "config.json"):
+    (llama / "llama.json").write_text((llama / "config.json").read_text())
+    for path in (llama, llama / "config.json", llama / "llama.json"):
         module = models.from_hugging_face(path)
         assert all(param.is_meta for param in module.parameters())
         assert shapes_of(module)["model.layers.1.mlp.up_proj.weight"] == (96, 64)
-    with pytest.raises(UsageError, match=r"expected a config\.json"):
+    with pytest.raises(UsageError, match="there is no such file"):
         models.from_hugging_face(llama / "nowhere")
     (llama / "config.json").write_text('{"model_type": "unheard-of"}')
     with pytest.raises(UsageError, match="unheard-of"):
