@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_muon.partition import NamedState, Range
+from lightning_muon.local import local
+from lightning_muon.partition import NamedState
 
 __all__ = ["match", "pack", "unpack_"]
 
@@ -101,15 +102,20 @@ def _check_entries(name: str, param: Tensor, algorithm: str, entries: Mapping[st
             )
 
 
-def unpack_(state: dict[str, Any], saved: Mapping[str, Any], ranges: Sequence[Range]) -> None:
-    """Copy the owned part of a saved state into ``state``, in the dtype and on the device that it has there."""
+def unpack_(state: dict[str, Any], saved: Mapping[str, Any], take: Callable[[Tensor], Tensor]) -> None:
+    """Copy this process's part of a saved state into ``state``, in the dtype and on the device that it has there.
+
+    Args:
+        state: The state of a parameter.
+        saved: The same, whole.
+        take: Gives this process's elements, flat, of something of the parameter's shape.
+    """
     for key, value in saved.items():
         if key == "step":
             if "step" in state:
                 state["step"] = float(value)
         elif key in state:
-            flat = value.reshape(-1)
-            state[key].view(-1).copy_(torch.cat([flat[start:stop] for start, stop in ranges]))
+            local(state[key]).view(-1).copy_(take(value))
 
 
 def _some(names: Sequence[str]) -> str:

@@ -2,13 +2,57 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["MatrixBlock", "MatrixLayout"]
+__all__ = ["MatrixBlock", "MatrixKey", "MatrixLayout", "MatrixPart"]
+
+MatrixKey = tuple[str, int]
+"""A parameter's name, and the number of a matrix in it."""
+
+
+@dataclass(frozen=True)
+class MatrixPart:
+    """The piece of a matrix that a process holds: a rectangle, usually all of it.
+
+    Attributes:
+        key: Which matrix.
+        shape: The whole matrix.
+        rows, cols: First and last plus one, within the matrix.
+        offset: Where its first element lies in the flat run of elements that the process holds.
+        stride: Elements of that run from one row to the next.
+    """
+
+    key: MatrixKey
+    shape: tuple[int, int]
+    rows: tuple[int, int]
+    cols: tuple[int, int]
+    offset: int
+    stride: int
+
+    @property
+    def rectangle(self) -> tuple[MatrixKey, tuple[int, int], tuple[int, int]]:
+        """What it is a piece of, and which; equal for processes that hold copies."""
+        return self.key, self.rows, self.cols
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Its rows and columns."""
+        return self.rows[1] - self.rows[0], self.cols[1] - self.cols[0]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is the whole matrix."""
+        return self.size == self.shape
+
+    def view(self, flat: Tensor) -> Tensor:
+        """``(rows, cols)``, as a view of the contiguous run of elements that holds it."""
+        return flat.as_strided(self.size, (self.stride, 1), flat.storage_offset() + self.offset)
 
 
 @dataclass(frozen=True)
@@ -29,9 +73,9 @@ class MatrixBlock:
     cuts: tuple[int, ...]
     index: int
 
-    def views(self, flat: Tensor, offset: int = 0) -> tuple[Tensor, ...]:
-        """The matrices, each ``(rows, cut)``, as views of ``flat``, whose element 0 is the parameter's ``offset``."""
-        block = flat[self.start - offset : self.stop - offset].view(self.rows, self.cols)
+    def views(self, flat: Tensor) -> tuple[Tensor, ...]:
+        """The matrices, each ``(rows, cut)``, as views of the flattened parameter."""
+        block = flat[self.start : self.stop].view(self.rows, self.cols)
         return torch.split(block, list(self.cuts), dim=1)
 
 
@@ -102,6 +146,42 @@ class MatrixLayout:
                 stop = start + rows * self.cols
                 yield MatrixBlock(start, stop, rows, self.cols, cuts, index)
                 start, index = stop, index + len(cuts)
+
+    def matrices(self, param: Tensor) -> list[Tensor]:
+        """The matrices of a parameter, ``(rows, cols)`` each, as views where its elements lie in order."""
+        flat = param.detach().reshape(-1)
+        return [view for block in self.blocks() for view in block.views(flat)]
+
+    def parts(
+        self, name: str, row_runs: Sequence[tuple[int, int]], cols: tuple[int, int] | None = None
+    ) -> list[MatrixPart]:
+        """What of each matrix lies in a piece of the parameter, read as one table of ``stack · rows`` by ``cols``.
+
+        Args:
+            name: The parameter's.
+            row_runs: The rows of the piece, ascending runs; packed one after the other in the process's memory.
+            cols: The columns of the piece; ``None`` for all.
+        """
+        first, last = cols or (0, self.cols)
+        width, parts, filled = last - first, [], 0
+        blocks = [(block.start // self.cols, block) for block in self.blocks()]
+        bottoms = [top + block.rows for top, block in blocks]
+        for start, stop in row_runs:
+            for top, block in itertools.islice(blocks, bisect.bisect_right(bottoms, start), None):
+                if top >= stop:
+                    break
+                upper, lower = max(start, top), min(stop, top + block.rows)
+                left = 0
+                for place, cut in enumerate(block.cuts):
+                    begin, end = max(first, left), min(last, left + cut)
+                    if begin < end:
+                        offset = (filled + upper - start) * width + begin - first
+                        rows, columns = (upper - top, lower - top), (begin - left, end - left)
+                        key = (name, block.index + place)
+                        parts.append(MatrixPart(key, (block.rows, cut), rows, columns, offset, width))
+                    left += cut
+            filled += stop - start
+        return parts
 
     def describe(self) -> str:
         """The matrices in words: ``8 x (64, 128)``."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
@@ -14,8 +16,9 @@ from lightning_muon.adamw_step import step_adamw
 from lightning_muon.empty_state import empty_state, is_empty
 from lightning_muon.explain import explain
 from lightning_muon.guard import gradients_are_finite, nonfinite_error
-from lightning_muon.matrices import MatrixLayout
-from lightning_muon.muon_step import MatrixKey, UpdateRecord, idle_matrices, step_muon
+from lightning_muon.local import local, local_numel
+from lightning_muon.matrices import MatrixKey, MatrixLayout
+from lightning_muon.muon_step import HeldMatrices, MatrixOptions, MuonStage, UpdateRecord, zero_gradients
 from lightning_muon.owned import OwnedParameter
 from lightning_muon.param_groups import Router, as_param_groups, check_options, unique_name
 from lightning_muon.partition import Alone, NamedState, Partition
@@ -190,11 +193,7 @@ class Muon(Optimizer):
         self._consolidated.clear()
         self._update_records = []
         if self._may_step():
-            names = [name for name, _ in self.named_parameters()]
-            idle = idle_matrices(self._owned_matrices(names)) if self.idle_matrices == "skip" else frozenset()
-            for number, stage in enumerate(self._partition.stages(names)):
-                self._update_weights(frozenset(stage), idle)
-                self._partition.publish(number)
+            self._update()
         self._partition.end_step()
         return loss
 
@@ -213,26 +212,65 @@ class Muon(Optimizer):
         super().zero_grad(set_to_none)
         self._partition.forget_gradients()
 
-    def _owned(self, group: dict[str, Any], names: Container[str]) -> Iterator[OwnedParameter]:
-        for name, param in zip(group["param_names"], group["params"], strict=True):
-            ranges = self.local_ranges(name, param)
-            if name in names and param.grad is not None and ranges:
-                yield OwnedParameter(name, param, self.state[param], ranges, group)
+    def _update(self) -> None:
+        """Stage by stage: while one is orthogonalised, its neighbours may travel."""
+        names = [name for name, _ in self.named_parameters()]
+        idle = self._left_alone(names)
+        stages = [frozenset(stage) for stage in self._partition.stages(names)]
+        sent: deque[MuonStage] = deque()
+        returning: deque[tuple[int, MuonStage]] = deque()
+        for number in range(len(stages) + self._partition.ahead):
+            if number < len(stages):
+                exchange = self._partition.exchange(number, idle)
+                sent.append(MuonStage(self._held_matrices(stages[number]), self._matrix_options, exchange, idle))
+                self._update_elementwise(stages[number])
+            if number >= self._partition.ahead:
+                stage = sent.popleft()
+                self._update_records += stage.orthogonalize()
+                returning.append((number - self._partition.ahead, stage))
+            while returning and (len(returning) > self._partition.ahead or not sent):
+                finished, stage = returning.popleft()
+                stage.finish()
+                self._partition.publish(finished)
 
-    def _owned_matrices(self, names: Container[str]) -> list[tuple[OwnedParameter, MatrixLayout]]:
+    def _left_alone(self, names: Sequence[str]) -> Container[MatrixKey]:
+        """The matrices that take no part in a step."""
+        if self.idle_matrices == "skip":
+            return self._partition.idle(*zero_gradients(self._held_matrices(names)))
+        return frozenset(
+            (name, number)
+            for name, param in self.named_parameters()
+            if param.grad is None and self.routes[name].algorithm == "muon"
+            for number in range(self._layout(name).num_matrices)
+        )
+
+    def _held(self, algorithm: str, names: Container[str]) -> Iterator[OwnedParameter]:
+        for group in self.param_groups:
+            if group["algorithm"] == algorithm:
+                for name, param in zip(group["param_names"], group["params"], strict=True):
+                    ranges = self.local_ranges(name, param)
+                    if name in names and param.grad is not None and ranges:
+                        yield OwnedParameter(name, param, self.state[param], ranges, group)
+
+    def _held_matrices(self, names: Container[str]) -> list[HeldMatrices]:
         return [
-            (parameter, self._layout(parameter.name))
-            for group in self.param_groups
-            if group["algorithm"] == "muon"
-            for parameter in self._owned(group, names)
+            HeldMatrices(held, self._partition.parts(held.name, self._layout(held.name), local_numel(held.param)))
+            for held in self._held("muon", names)
         ]
 
-    def _update_weights(self, names: Container[str], idle: Container[MatrixKey]) -> None:
+    @property
+    def _matrix_options(self) -> dict[str, MatrixOptions]:
+        return {
+            name: MatrixOptions(group, self._layout(name).transposed)
+            for group in self.param_groups
+            if group["algorithm"] == "muon"
+            for name in group["param_names"]
+        }
+
+    def _update_elementwise(self, names: Container[str]) -> None:
+        held = list(self._held("adamw", names))
         for group in self.param_groups:
-            if group["algorithm"] == "adamw":
-                step_adamw(group, list(self._owned(group, names)))
-        # the matrices of all groups together: same shapes are batched across them
-        self._update_records += step_muon(self._owned_matrices(names), idle)
+            step_adamw(group, [parameter for parameter in held if parameter.group is group])
 
     def _layout(self, name: str) -> MatrixLayout:
         layout = self.routes[name].layout
@@ -261,8 +299,9 @@ class Muon(Optimizer):
             yield from zip(group["param_names"], group["params"], strict=True)
 
     def local_ranges(self, name: str, param: Tensor) -> Sequence[tuple[int, int]]:
-        """The runs of elements of a parameter that this process updates: all of them unless a strategy shards."""
-        return self._partition.ranges(name, param.numel())
+        """The runs of elements that this process updates, of those that it holds of a parameter: all of them unless a
+        strategy shards the optimizer."""
+        return self._partition.ranges(name, local_numel(param))
 
     def local_gradients(self, name: str, param: Tensor) -> list[Tensor]:
         """The gradient of ``local_ranges``, flat; empty without a gradient."""
@@ -270,13 +309,15 @@ class Muon(Optimizer):
             return []
         if param.grad.is_sparse:
             raise RuntimeError(f"{name!r} has a sparse gradient; Muon needs dense ones (nn.Embedding(sparse=False)).")
-        flat = param.grad.reshape(-1)
+        flat = local(param.grad).reshape(-1)
         return [flat[start:stop] for start, stop in self.local_ranges(name, param) if stop > start]
 
     def local_state_bytes(self) -> int:
         """Bytes of optimizer state that this process keeps."""
         self._create_state()
-        tensors = (value for state in self.state.values() for value in state.values() if isinstance(value, Tensor))
+        tensors = (
+            local(value) for state in self.state.values() for value in state.values() if isinstance(value, Tensor)
+        )
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     @property
@@ -307,7 +348,7 @@ class Muon(Optimizer):
             RuntimeError: There is state already that would not fit this process's new part.
         """
         keeps_its_part = all(
-            list(partition.ranges(name, param.numel())) == list(self.local_ranges(name, param))
+            list(partition.ranges(name, local_numel(param))) == list(self.local_ranges(name, param))
             for name, param in self.named_parameters()
         )
         if not keeps_its_part:
@@ -322,6 +363,12 @@ class Muon(Optimizer):
 
     def _create_state(self) -> None:
         """State for every trained parameter, with or without a gradient, so that all processes have the same keys."""
+        if not self._partition.is_sharded and any(hasattr(param, "to_local") for _, param in self.named_parameters()):
+            raise RuntimeError(
+                "The parameters are sharded (DTensor), and the optimizer does not know with whom. Use the strategy"
+                " 'muon_fsdp', or, without Lightning, call lightning_muon.sharding.fsdp.shard_optimizer(optimizer) on"
+                " every process, before the first step and before a state is loaded."
+            )
         for name, param in self.named_parameters():
             ranges = self.local_ranges(name, param)
             if ranges and not self.state[param]:
@@ -365,7 +412,7 @@ class Muon(Optimizer):
         self.state.clear()
         self._create_state()
         for name, param in self.named_parameters():
-            canonical_state.unpack_(self.state[param], by_name[name], self.local_ranges(name, param))
+            canonical_state.unpack_(self.state[param], by_name[name], partial(self._partition.take, name))
         self._consolidated.clear()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One Muon step over the matrices a process owns: batch those of one shape, orthogonalise, apply."""
+"""One Muon step over the matrices of a stage: momentum, each matrix orthogonalised by its owner, the update applied."""
 
 from __future__ import annotations
 
@@ -9,36 +9,62 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_muon.matrices import MatrixBlock, MatrixLayout
+from lightning_muon.exchange import Exchange
+from lightning_muon.matrices import MatrixKey, MatrixPart
 from lightning_muon.orthogonalize import orthogonalize
 from lightning_muon.owned import OwnedParameter, Run
 from lightning_muon.updates import apply_update_, momentum_, update_scale
 
-__all__ = ["MatrixKey", "UpdateRecord", "idle_matrices", "step_muon"]
-
-MatrixKey = tuple[str, int]
+__all__ = ["HeldMatrices", "MatrixOptions", "MuonStage", "UpdateRecord", "zero_gradients"]
 
 # One batch is stacked from copies; this bounds them (256 MiB in float32) however many experts a model has.
 _MAX_BATCH_ELEMENTS = 1 << 26
 
 
 @dataclass(frozen=True)
-class _OwnedMatrix:
-    """A matrix about to be updated.
+class MatrixOptions:
+    """What there is to know about the matrices of a parameter, for whoever owns one.
 
     Attributes:
-        key: Parameter name, and number of the matrix within the parameter.
-        weight: ``(rows, cols)`` view of the parameter.
-        fed: ``(rows, cols)``, what is orthogonalised; float32 at least.
         group: The parameter group.
-        scale: The factor on the orthogonal update.
+        transposed: Whether they are stored ``(in, out)``.
     """
 
-    key: MatrixKey
+    group: Mapping[str, Any]
+    transposed: bool
+
+    def scale(self, shape: Sequence[int]) -> float:
+        """The factor on the orthogonal update of a matrix."""
+        rows, cols = reversed(shape) if self.transposed else shape
+        return update_scale(self.group["scale"], rows, cols)
+
+
+@dataclass(frozen=True)
+class HeldMatrices:
+    """A parameter with a gradient, and what this process holds of its matrices.
+
+    Attributes:
+        parameter: The parameter.
+        parts: The parts in each of its runs.
+    """
+
+    parameter: OwnedParameter
+    parts: Sequence[Sequence[MatrixPart]]
+
+
+@dataclass(frozen=True)
+class _MovingPart:
+    """A part about to be updated.
+
+    Attributes:
+        part: Which.
+        weight: Its view of the parameter.
+        fed: Its piece of what is orthogonalised; float32 at least.
+    """
+
+    part: MatrixPart
     weight: Tensor
     fed: Tensor
-    group: Mapping[str, Any]
-    scale: float
 
 
 @dataclass(frozen=True)
@@ -55,109 +81,115 @@ class UpdateRecord:
     square_sums: Tensor
 
 
-def step_muon(
-    owned: Iterable[tuple[OwnedParameter, MatrixLayout]], idle: Container[MatrixKey] = ()
-) -> list[UpdateRecord]:
-    """Update the owned matrices of all parameters.
-
-    Args:
-        owned: Parameters with their matrices; a parameter's ranges hold whole blocks of its layout.
-        idle: Matrices to leave alone, momentum and weight.
+def zero_gradients(held: Iterable[HeldMatrices]) -> tuple[list[MatrixKey], Tensor]:
+    """The matrices that this process holds a part of, and for each part whether its gradient is exactly zero.
 
     Returns:
-        What the updates were.
+        The keys, and ``(len(keys),)`` booleans.
     """
-    matrices: list[_OwnedMatrix] = []
-    runs_of = []
-    for parameter, layout in owned:
-        runs = parameter.runs()
-        runs_of.append((parameter, runs))
-        matrices += _advance_momentum(parameter, layout, runs, idle)
-    records = _update(matrices)
-    for parameter, runs in runs_of:
-        parameter.write_back(runs)
-    return records
-
-
-def idle_matrices(owned: Iterable[tuple[OwnedParameter, MatrixLayout]]) -> frozenset[MatrixKey]:
-    """The matrices whose gradient is exactly zero. Waits for the device, once."""
     keys, any_gradient = [], []
-    for parameter, layout in owned:
-        gradient = parameter.flat_gradient()
-        for start, stop in parameter.ranges:
-            for key, block, place in _matrices_of(parameter.name, layout, start, stop):
-                keys.append(key)
-                any_gradient.append(block.views(gradient)[place].any())
+    for matrices in held:
+        for run, parts in zip(matrices.parameter.runs(), matrices.parts, strict=True):
+            for part in parts:
+                keys.append(part.key)
+                any_gradient.append(part.view(run.gradient).any())
     if not keys:
-        return frozenset()
-    is_active = torch.stack([flag.to(any_gradient[0].device) for flag in any_gradient]).tolist()
-    return frozenset(key for key, active in zip(keys, is_active, strict=True) if not active)
+        return [], torch.ones(0, dtype=torch.bool)
+    return keys, ~torch.stack([flag.to(any_gradient[0].device) for flag in any_gradient])
 
 
-def _matrices_of(
-    name: str, layout: MatrixLayout, start: int, stop: int
-) -> Iterator[tuple[MatrixKey, MatrixBlock, int]]:
-    """Key of every matrix in a run of elements, the block that holds it, and its place in the block."""
-    for block in layout.blocks():
-        if start <= block.start < stop:
-            for place in range(len(block.cuts)):
-                yield (name, block.index + place), block, place
+class MuonStage:
+    """The matrices of one stage on their way through a step: to be made, then ``orthogonalize``, then ``finish``.
 
+    The parts travel to the owners of their matrices from the time this is made until ``orthogonalize``, and the
+    updates back until ``finish``; whoever has several stages can compute one while others travel.
 
-def _advance_momentum(
-    parameter: OwnedParameter, layout: MatrixLayout, runs: Sequence[Run], idle: Container[MatrixKey]
-) -> Iterator[_OwnedMatrix]:
-    """Advance the momentum of the owned matrices and yield what is to be orthogonalised."""
-    group = parameter.group
-    for run in runs:
-        gradient = run.gradient.neg() if group["maximize"] else run.gradient
-        for key, block, place in _matrices_of(parameter.name, layout, run.start, run.stop):
-            if key in idle:
-                continue
-            weight, own, buffer = (
-                block.views(flat, run.start)[place] for flat in (run.weight, gradient, run.state["momentum_buffer"])
+    Args:
+        held: What this process holds of the stage's parameters.
+        options: Of all parameters of the stage, by name.
+        exchange: How the parts become matrices.
+        idle: Matrices to leave alone, momentum and weight.
+    """
+
+    def __init__(
+        self,
+        held: Iterable[HeldMatrices],
+        options: Mapping[str, MatrixOptions],
+        exchange: Exchange,
+        idle: Container[MatrixKey],
+    ) -> None:
+        self._options, self._exchange = options, exchange
+        self._runs: list[tuple[OwnedParameter, list[Run]]] = []
+        self._moving: list[_MovingPart] = []
+        for matrices in held:
+            runs = matrices.parameter.runs()
+            self._runs.append((matrices.parameter, runs))
+            self._moving += _advance_momentum(matrices, runs, idle)
+        exchange.gather([(moving.part, moving.fed) for moving in self._moving])
+
+    def orthogonalize(self) -> list[UpdateRecord]:
+        """Orthogonalise the matrices that this process owns, and start to send the updates back.
+
+        Returns:
+            What the updates were.
+        """
+        matrices = self._exchange.matrices()
+        records = []
+        for keys in self._batches(matrices):
+            updates = self._orthogonalize_batch([matrices[key] for key in keys], self._options[keys[0][0]].group)
+            shaped = zip(keys, updates, strict=True)
+            back = {key: update if matrices[key].shape == update.shape else update.mT for key, update in shaped}
+            self._apply(self._exchange.give_back(back))
+            scales = [self._options[name].scale(matrices[name, number].shape) for name, number in keys]
+            norms = torch.linalg.vector_norm(updates, dim=(-2, -1))
+            records.append(UpdateRecord(tuple(keys), (norms * norms.new_tensor(scales)).square()))
+        self._apply(self._exchange.send_back())
+        return records
+
+    def finish(self) -> None:
+        """Apply the updates that have travelled: the parameters have their new weights."""
+        self._apply(self._exchange.returned())
+        for parameter, runs in self._runs:
+            parameter.write_back(runs)
+
+    def _apply(self, updates: Iterable[tuple[int, Tensor]]) -> None:
+        for number, update in updates:
+            moving = self._moving[number]
+            options = self._options[moving.part.key[0]]
+            apply_update_(
+                moving.weight,
+                update,
+                lr=options.group["lr"],
+                weight_decay=options.group["weight_decay"],
+                scale=options.scale(moving.part.shape),
             )
-            fed = momentum_(buffer, own, group["momentum"], group["nesterov"])
-            rows, cols = reversed(weight.shape) if layout.transposed else weight.shape
-            yield _OwnedMatrix(key, weight, fed, group, update_scale(group["scale"], rows, cols))
+
+    def _batches(self, matrices: Mapping[MatrixKey, Tensor]) -> Iterator[Sequence[MatrixKey]]:
+        """Same shapes together, a tall matrix with the wide ones, as far as their options are the same."""
+        buckets: dict[tuple[Any, ...], list[MatrixKey]] = {}
+        for key, matrix in matrices.items():
+            group = self._options[key[0]].group
+            settings = (group["orthogonalization"], group["orthogonalization_dtype"])
+            buckets.setdefault((*sorted(matrix.shape), matrix.dtype, matrix.device, *settings), []).append(key)
+        for (short, long, *_), keys in buckets.items():
+            size = max(1, _MAX_BATCH_ELEMENTS // (short * long))
+            for first in range(0, len(keys), size):
+                yield keys[first : first + size]
+
+    @staticmethod
+    def _orthogonalize_batch(matrices: Sequence[Tensor], group: Mapping[str, Any]) -> Tensor:
+        """``(len(matrices), short, long)``."""
+        wide = [x if x.shape[0] <= x.shape[1] else x.mT for x in matrices]
+        return orthogonalize(torch.stack(wide), group["orthogonalization"], dtype=group["orthogonalization_dtype"])
 
 
-def _update(matrices: Iterable[_OwnedMatrix]) -> list[UpdateRecord]:
-    """Orthogonalise and apply, same shapes batched; a tall matrix joins the wide ones transposed."""
-    buckets: dict[tuple[Any, ...], list[_OwnedMatrix]] = {}
-    for matrix in matrices:
-        group = matrix.group
-        short, long = sorted(matrix.fed.shape)
-        settings = (group["orthogonalization"], group["orthogonalization_dtype"])
-        key = (short, long, matrix.fed.dtype, matrix.fed.device, *settings)
-        buckets.setdefault(key, []).append(matrix)
-    records = []
-    for (short, long, *_), bucket in buckets.items():
-        size = max(1, _MAX_BATCH_ELEMENTS // (short * long))
-        for first in range(0, len(bucket), size):
-            records.append(_update_batch(bucket[first : first + size]))
-    return records
-
-
-def _update_batch(batch: list[_OwnedMatrix]) -> UpdateRecord:
-    group = batch[0].group
-    updates = orthogonalize(
-        torch.stack([_wide(matrix.fed) for matrix in batch]),
-        group["orthogonalization"],
-        dtype=group["orthogonalization_dtype"],
-    )
-    for matrix, update in zip(batch, updates.unbind(), strict=True):
-        apply_update_(
-            matrix.weight,
-            update if matrix.weight.shape == update.shape else update.mT,
-            lr=matrix.group["lr"],
-            weight_decay=matrix.group["weight_decay"],
-            scale=matrix.scale,
-        )
-    scales = torch.tensor([matrix.scale for matrix in batch], dtype=updates.dtype, device=updates.device)
-    norms = torch.linalg.vector_norm(updates, dim=(-2, -1))
-    return UpdateRecord(tuple(matrix.key for matrix in batch), (norms * scales).square())
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.shape[0] <= x.shape[1] else x.mT
+def _advance_momentum(matrices: HeldMatrices, runs: Sequence[Run], idle: Container[MatrixKey]) -> Iterator[_MovingPart]:
+    """Advance the momentum of the held parts, and give what is to be orthogonalised."""
+    group = matrices.parameter.group
+    for run, parts in zip(runs, matrices.parts, strict=True):
+        gradient = run.gradient.neg() if group["maximize"] else run.gradient
+        for part in parts:
+            if part.key not in idle:
+                buffer = part.view(run.state["momentum_buffer"])
+                fed = momentum_(buffer, part.view(gradient), group["momentum"], group["nesterov"])
+                yield _MovingPart(part, part.view(run.weight), fed)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_muon.local import local
 from lightning_muon.partition import Range
 
 __all__ = ["OwnedParameter", "Run"]
@@ -19,7 +20,7 @@ class Run:
     """Adjacent elements of a parameter.
 
     Attributes:
-        start, stop: Where they lie in the flattened parameter.
+        start, stop: Where they lie in what this process holds of the parameter, flattened.
         weight: `(stop - start,)`, to be updated in place; float32 where the parameter has master weights.
         gradient: `(stop - start,)`.
         state: The optimizer state of these elements, `(stop - start,)` each, to be updated in place.
@@ -34,13 +35,14 @@ class Run:
 
 @dataclass(frozen=True)
 class OwnedParameter:
-    """A parameter with a gradient, of which this process owns something.
+    """A parameter with a gradient, of which this process updates something.
 
     Attributes:
         name: Its name.
         param: The parameter.
         state: Its optimizer state; the tensors hold the owned elements, one range after the other.
-        ranges: The runs of elements that this process owns, ascending.
+        ranges: The runs of elements that this process updates, ascending, within what it holds of the parameter: all
+            of it, or its shard where the parameter is a ``DTensor``.
         group: Its parameter group.
     """
 
@@ -50,21 +52,14 @@ class OwnedParameter:
     ranges: Sequence[Range]
     group: Mapping[str, Any]
 
-    def flat_gradient(self) -> Tensor:
-        """`(numel,)`, the whole parameter's."""
-        assert self.param.grad is not None
-        return self.param.grad.reshape(-1)
-
     def runs(self) -> list[Run]:
         """The owned elements. Call `write_back` with them when their weights are updated."""
-        weight, gradient = self.param.detach().reshape(-1), self.flat_gradient()
+        assert self.param.grad is not None
+        weight, gradient = local(self.param).reshape(-1), local(self.param.grad).reshape(-1)
+        held = {key: local(value).view(-1) for key, value in self.state.items() if isinstance(value, Tensor)}
         runs, offset = [], 0
         for start, stop in self.ranges:
-            state = {
-                key: value.view(-1)[offset : offset + stop - start]
-                for key, value in self.state.items()
-                if isinstance(value, Tensor)
-            }
+            state = {key: value[offset : offset + stop - start] for key, value in held.items()}
             own = weight[start:stop]
             if "master_weight" in state:
                 own = _follow_(state["master_weight"], own)
@@ -74,13 +69,14 @@ class OwnedParameter:
 
     def write_back(self, runs: Sequence[Run]) -> None:
         """Bring the weights of `runs` into the parameter, as far as they are no views of it."""
-        if self.param.is_contiguous():
+        param = local(self.param)
+        if param.is_contiguous():
             if "master_weight" in self.state:
-                flat = self.param.detach().view(-1)
+                flat = param.view(-1)
                 for run in runs:
                     flat[run.start : run.stop] = run.weight
         else:  # a copy in the logical order, back through the strides
-            self.param.copy_(torch.cat([run.weight for run in runs]).view_as(self.param))
+            param.copy_(torch.cat([run.weight for run in runs]).view_as(param))
 
 
 def _follow_(master: Tensor, weight: Tensor) -> Tensor:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import itertools
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-__all__ = ["Alone", "NamedState", "Partition", "Range"]
+from lightning_muon.exchange import Exchange, InPlace
+from lightning_muon.matrices import MatrixKey, MatrixLayout, MatrixPart
+
+__all__ = ["Alone", "NamedState", "Partition", "Range", "WholeMatrices"]
 
 Range = tuple[int, int]
 NamedState = dict[str, dict[str, Tensor]]
@@ -28,7 +33,39 @@ class Partition(Protocol):
         """Whether other processes hold a part of the state."""
 
     def ranges(self, name: str, numel: int) -> Sequence[Range]:
-        """The runs of elements of a parameter that this process updates and keeps the state of, ascending."""
+        """The runs of elements that this process updates and keeps the state of, ascending, within the ``numel``
+        elements that it holds of a parameter."""
+
+    def parts(self, name: str, layout: MatrixLayout, numel: int) -> Sequence[Sequence[MatrixPart]]:
+        """What each of these runs holds of the parameter's matrices."""
+
+    def copies(self, name: str) -> int:
+        """How many processes update the same elements of a parameter as this one, itself included."""
+
+    def take(self, name: str, whole: Tensor) -> Tensor:
+        """The elements of ``ranges``, flat, from the whole parameter or something of its shape."""
+
+    def idle(self, keys: Sequence[MatrixKey], is_zero: Tensor) -> Container[MatrixKey]:
+        """The matrices without a part that is not zero, on any process.
+
+        Args:
+            keys: The matrices of this process's parts.
+            is_zero: `(len(keys),)` booleans.
+        """
+
+    @property
+    def ahead(self) -> int:
+        """How many stages to send off before the first is computed."""
+
+    def exchange(self, stage: int, leave_out: Container[MatrixKey]) -> Exchange:
+        """How the matrices of a stage become whole in this step, but for those that take no part in it."""
+
+    def deal(self, weights: Mapping[str, tuple[Tensor, MatrixLayout]]) -> Iterator[tuple[MatrixKey, Tensor]]:
+        """Every matrix of some parameters, whole, on one of the processes, to be read.
+
+        Args:
+            weights: The parameters with their matrices, by name; the same on all processes, in the same order.
+        """
 
     def check_gradients(self) -> None:
         """Settle which gradients take part in the step, and raise if they are not yet where they belong."""
@@ -67,16 +104,55 @@ class Partition(Protocol):
         (CPU tensors); ``None`` on the others."""
 
 
-class Alone:
+class WholeMatrices:
+    """What is the same wherever a matrix is updated by the process that has all of it."""
+
+    ahead = 0
+    rank: int
+    world_size: int
+
+    def ranges(self, name: str, numel: int) -> Sequence[Range]:
+        """All elements."""
+        return [(0, numel)]
+
+    def parts(self, name: str, layout: MatrixLayout, numel: int) -> Sequence[Sequence[MatrixPart]]:
+        """Whole matrices."""
+        width = layout.cols
+        return [layout.parts(name, [(start // width, stop // width)]) for start, stop in self.ranges(name, numel)]
+
+    def copies(self, name: str) -> int:
+        """Nobody else updates them."""
+        return 1
+
+    def take(self, name: str, whole: Tensor) -> Tensor:
+        """The elements of ``ranges``."""
+        flat = whole.reshape(-1)
+        return torch.cat([flat[start:stop] for start, stop in self.ranges(name, flat.numel())])
+
+    def idle(self, keys: Sequence[MatrixKey], is_zero: Tensor) -> Container[MatrixKey]:
+        """Nobody else needs to know. Waits for the device."""
+        return frozenset(key for key, zero in zip(keys, is_zero.tolist(), strict=True) if zero)
+
+    def exchange(self, stage: int, leave_out: Container[MatrixKey]) -> Exchange:
+        """Nothing has to travel."""
+        return InPlace()
+
+    def deal(self, weights: Mapping[str, tuple[Tensor, MatrixLayout]]) -> Iterator[tuple[MatrixKey, Tensor]]:
+        """Every process has all of them, and reads some."""
+        matrices = (
+            ((name, number), matrix)
+            for name, (weight, layout) in weights.items()
+            for number, matrix in enumerate(layout.matrices(weight))
+        )
+        return itertools.islice(matrices, self.rank, None, self.world_size)
+
+
+class Alone(WholeMatrices):
     """One process, or replicas that each do all the work."""
 
     is_sharded = False
     rank = 0
     world_size = 1
-
-    def ranges(self, name: str, numel: int) -> Sequence[Range]:
-        """All elements."""
-        return [(0, numel)]
 
     def check_gradients(self) -> None:
         """They are where they were computed."""

@@ -81,9 +81,8 @@ def collect(
 ) -> Collection:
     """Measure, after a step. Every process must call it with the same requests; each computes its share.
 
-    Weights are whole on every process, so their spectra are dealt out matrix by matrix; the size of an update is
-    known to the matrix's owner. One sum over the processes brings all of it together, and one copy to the host; a
-    sum for each optimizer, where there are several.
+    The owner of a matrix measures its spectrum and knows the size of its update. One sum over the processes brings
+    everything together, and one copy to the host; a sum for each optimizer, where there are several.
 
     Args:
         optimizers: The optimizers.

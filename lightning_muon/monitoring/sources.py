@@ -6,13 +6,14 @@ with its part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_muon.local import local
 from lightning_muon.matrices import MatrixLayout
 from lightning_muon.monitoring.measures import singular_values
 from lightning_muon.muon import Muon
@@ -44,13 +45,6 @@ class Measured:
             return []
         return [min(block.rows, cut) for block in self.layout.blocks() for cut in block.cuts]
 
-    def matrices(self) -> list[Tensor]:
-        """The matrices; a vector as it is."""
-        flat = self.param.detach().reshape(-1)
-        if self.layout is None:
-            return [flat]
-        return [view for block in self.layout.blocks() for view in block.views(flat)]
-
 
 def measured_parameters(optimizer: Muon, names: Mapping[Tensor, str]) -> list[Measured]:
     """All parameters, ordered by name as on every other process; ``names`` says what to call them in the logs."""
@@ -78,7 +72,8 @@ def update_squares(optimizer: Muon, wanted: Sequence[Measured]) -> list[Tensor]:
                 if (measured.key, number) in squares:
                     vector[number] = squares[measured.key, number]
         else:
-            vector = _zeros(measured, 1) + _adamw_update_squares(optimizer, measured)
+            own = _adamw_update_squares(optimizer, measured)
+            vector = _zeros(measured, 1) + own / optimizer.partition.copies(measured.key)
         vectors.append(vector)
     return vectors
 
@@ -90,8 +85,8 @@ def _adamw_update_squares(optimizer: Muon, measured: Measured) -> Tensor | float
     if not step:
         return 0.0
     beta1, beta2 = measured.group["momentum"], measured.group["betas"][1]
-    mean = state["exp_avg"].double() / (1 - beta1**step)
-    root = (state["exp_avg_sq"].double() / (1 - beta2**step)).sqrt()
+    mean = local(state["exp_avg"]).double() / (1 - beta1**step)
+    root = (local(state["exp_avg_sq"]).double() / (1 - beta2**step)).sqrt()
     update: Tensor = mean / (root + measured.group["eps"])
     return update.square().sum()
 
@@ -99,29 +94,28 @@ def _adamw_update_squares(optimizer: Muon, measured: Measured) -> Tensor | float
 def weight_squares(optimizer: Muon, wanted: Sequence[Measured]) -> list[Tensor]:
     """``Σ weight²`` per matrix; of a vector, as a whole."""
     vectors = [_zeros(measured, len(measured.numels)) for measured in wanted]
-    for vector, number, matrix in _dealt(optimizer, wanted, vectors):
-        vector[number] = matrix.double().square().sum()
+    targets = {measured.key: vector for measured, vector in zip(wanted, vectors, strict=True)}
+    for (name, number), matrix in optimizer.partition.deal(_with_matrices(wanted)):
+        targets[name][number] = matrix.double().square().sum()
+    for measured, vector in zip(wanted, vectors, strict=True):
+        if measured.layout is None:
+            flat = local(measured.param).reshape(-1)
+            for start, stop in optimizer.local_ranges(measured.key, measured.param):
+                vector += flat[start:stop].double().square().sum() / optimizer.partition.copies(measured.key)
     return vectors
 
 
 def weight_singular_values(optimizer: Muon, wanted: Sequence[Measured]) -> list[Tensor]:
     """All singular values of each matrix, matrix after matrix; empty for a vector."""
     vectors = [_zeros(measured, sum(measured.ranks)) for measured in wanted]
-    split = [list(torch.split(vector, measured.ranks)) for vector, measured in zip(vectors, wanted, strict=True)]
-    for parts, number, matrix in _dealt(optimizer, wanted, split):
-        if parts:
-            parts[number].copy_(singular_values(matrix))
+    targets = {m.key: torch.split(v, m.ranks) for m, v in zip(wanted, vectors, strict=True) if m.ranks}
+    for (name, number), matrix in optimizer.partition.deal(_with_matrices(wanted)):
+        targets[name][number].copy_(singular_values(matrix))
     return vectors
 
 
-def _dealt(optimizer: Muon, wanted: Sequence[Measured], targets: Sequence[Any]) -> Iterator[tuple[Any, int, Tensor]]:
-    """This process's share of all matrices: ``(target of the parameter, number, matrix)``."""
-    counter = 0
-    for measured, target in zip(wanted, targets, strict=True):
-        for number, matrix in enumerate(measured.matrices()):
-            if counter % optimizer.partition.world_size == optimizer.partition.rank:
-                yield target, number, matrix
-            counter += 1
+def _with_matrices(wanted: Sequence[Measured]) -> dict[str, tuple[Tensor, MatrixLayout]]:
+    return {measured.key: (measured.param, measured.layout) for measured in wanted if measured.layout is not None}
 
 
 def _zeros(measured: Measured, count: int) -> Tensor:

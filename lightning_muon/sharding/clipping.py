@@ -6,8 +6,9 @@ import math
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lightning_muon.local import local
 from lightning_muon.muon import Muon
 
 __all__ = ["ClipScope", "clip_grad_norm_", "grad_norm", "grad_norms"]
@@ -88,19 +89,21 @@ def clip_grad_norm_(
             " error_if_nonfinite=False to go on all the same."
         )
     if scope != "none":
-        params = _params(optimizer, _ALGORITHMS if scope == "all" else (scope,))
-        torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm.nan_to_num(nan=0.0, posinf=0.0))
+        # torch's formula; what is not finite counts as 0, so that it stays as it is
+        factor = (max_norm / (norm.nan_to_num(nan=0.0, posinf=0.0) + 1e-6)).clamp(max=1.0)
+        for name, param in optimizer.named_parameters():
+            if param.grad is not None and scope in ("all", optimizer.routes[name].algorithm):
+                gradient = local(param.grad)
+                gradient.mul_(factor.to(gradient.device))
     optimizer.last_grad_norms.update(norms)
     return norm
 
 
-def _params(optimizer: Muon, algorithms: tuple[str, ...]) -> list[nn.Parameter]:
-    return [param for name, param in optimizer.named_parameters() if optimizer.routes[name].algorithm in algorithms]
-
-
 def _local_norm(optimizer: Muon, algorithm: str, norm_type: float) -> Tensor:
+    inverse = 0.0 if math.isinf(norm_type) else 1.0 / norm_type
     norms = [
-        torch.linalg.vector_norm(run, norm_type, dtype=torch.float32)
+        # the sum over the ranks meets each element as often as there are copies
+        torch.linalg.vector_norm(run, norm_type, dtype=torch.float32) / optimizer.partition.copies(name) ** inverse
         for name, param in optimizer.named_parameters()
         if optimizer.routes[name].algorithm == algorithm
         for run in optimizer.local_gradients(name, param)

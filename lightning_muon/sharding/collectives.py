@@ -22,7 +22,7 @@ Piece = tuple[_Source, int, int]
 """Elements `[start, stop)` of something."""
 
 # gloo sends a message to its end before it reads: two ranks that exchange large ones take turns, in twice the time.
-_MESSAGE_BYTES = 1 << 20
+MESSAGE_BYTES = 1 << 20
 
 
 def in_chunks(
@@ -38,9 +38,9 @@ def in_chunks(
     Returns:
         What every rank owns, for every exchange.
     """
-    if not _is_gloo(like, group):
+    if not is_gloo(like, group):
         return [tuple(map(tuple, pieces))]
-    limit = max(1, _MESSAGE_BYTES // like.element_size())
+    limit = max(1, MESSAGE_BYTES // like.element_size())
     chunks: list[list[list[Piece[_Source]]]] = []
     for rank, owned in enumerate(pieces):
         filled = 0
@@ -75,7 +75,7 @@ def sum_onto_owners(
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     exact = torch.promote_types(parts.dtype, torch.float32)
     result: torch.futures.Future[Tensor]
-    if _is_gloo(parts, group):
+    if is_gloo(parts, group):
         received = parts.new_empty(sizes[rank] * world_size)
         work = dist.all_to_all_single(
             received, parts, [sizes[rank]] * world_size, list(sizes), group=group, async_op=True
@@ -119,7 +119,7 @@ class Gathering:
         received = own.new_empty(sum(others))
         self._parts = list(torch.split(received, others))
         self._parts[rank] = own
-        if _is_gloo(own, group):
+        if is_gloo(own, group):
             self._sent = own if world_size == 2 else own.repeat(world_size - 1)
             splits = [0 if other == rank else sizes[rank] for other in range(world_size)]
             self._works = [dist.all_to_all_single(received, self._sent, others, splits, group=group, async_op=True)]
@@ -137,7 +137,7 @@ class Gathering:
         return self._parts
 
 
-def _is_gloo(tensor: Tensor, group: dist.ProcessGroup | None) -> bool:
+def is_gloo(tensor: Tensor, group: dist.ProcessGroup | None) -> bool:
     return not tensor.is_cuda or dist.get_backend(group) == "gloo"
 
 

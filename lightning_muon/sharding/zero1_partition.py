@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_muon.muon import Muon
-from lightning_muon.partition import NamedState, Range
+from lightning_muon.partition import NamedState, Range, WholeMatrices
 from lightning_muon.sharding.consolidate import consolidate
 from lightning_muon.sharding.missing import MissingGradients
 from lightning_muon.sharding.publish import WeightPublisher
@@ -19,7 +19,7 @@ from lightning_muon.sharding.units import ownership_plan
 __all__ = ["Zero1Partition"]
 
 
-class Zero1Partition:
+class Zero1Partition(WholeMatrices):
     """One optimizer's share of the work on this rank. See ``lightning_muon.partition.Partition``.
 
     Args:

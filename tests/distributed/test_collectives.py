@@ -19,13 +19,13 @@ def contribution(rank, total, dtype):
 
 def exchange(sizes, dtype, is_gloo):
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    original, collectives._is_gloo = collectives._is_gloo, lambda *_: is_gloo
+    original, collectives.is_gloo = collectives.is_gloo, lambda *_: is_gloo
     try:
         summed = collectives.sum_onto_owners(contribution(rank, sum(sizes), dtype), sizes).wait()
         own = contribution(10 + rank, sizes[rank], dtype)
         gathered = collectives.Gathering(own, sizes).wait()
     finally:
-        collectives._is_gloo = original
+        collectives.is_gloo = original
     parts = torch.stack([contribution(other, sum(sizes), dtype).float() for other in range(world_size)])
     expected = parts.sum(0).split(list(sizes))[rank]
     if is_gloo:  # in float32, whatever is sent
@@ -45,11 +45,11 @@ def test_uneven_parts(world_size, dtype, is_gloo):
 
 
 def train_in_nccls_way():
-    original, collectives._is_gloo = collectives._is_gloo, lambda *_: False
+    original, collectives.is_gloo = collectives.is_gloo, lambda *_: False
     try:
         return train_in_stages(Zero1Options(gather_mb=0.0005))
     finally:
-        collectives._is_gloo = original
+        collectives.is_gloo = original
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -68,11 +68,11 @@ def test_stages(world_size, overlap, gather_mb):
 
 
 def train_in_small_messages(options):
-    original, collectives._MESSAGE_BYTES = collectives._MESSAGE_BYTES, 256
+    original, collectives.MESSAGE_BYTES = collectives.MESSAGE_BYTES, 256
     try:
         return train_in_stages(options)
     finally:
-        collectives._MESSAGE_BYTES = original
+        collectives.MESSAGE_BYTES = original
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])

@@ -1,0 +1,5 @@
+"""Muon where the parameters themselves are sharded: FSDP2, HSDP, tensor parallelism."""
+
+from lightning_muon.sharding.fsdp.sharding import FSDPOptions, shard_optimizer
+
+__all__ = ["FSDPOptions", "shard_optimizer"]
