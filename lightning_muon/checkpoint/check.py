@@ -1,0 +1,64 @@
+"""Does a checkpoint's model fit this one? Asked before a single weight is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_muon.checkpoint.errors import CheckpointError
+from lightning_muon.names import canonical_name
+
+__all__ = ["check_weights"]
+
+_MOST_NAMED = 5
+
+
+def check_weights(saved: Mapping[str, Any], module: nn.Module, *, strict: bool = True, source: str = "") -> None:
+    """Raise unless ``module.load_state_dict(saved, strict=strict)`` would succeed.
+
+    For modules that do not translate old keys while they load, in hooks of their own. Shapes are those of whole
+    parameters: a DTensor's local shard does not matter.
+
+    Args:
+        saved: Tensors by name, or anything with a ``shape``: the metadata of a sharded checkpoint will do.
+        module: What the weights are for.
+        strict: Names must be the same, too.
+        source: Where ``saved`` comes from, to name it in the error.
+
+    Raises:
+        CheckpointError: Names (with ``strict``) or shapes differ.
+    """
+    expected = module.state_dict()
+    faults = []
+    if strict:
+        missing, unexpected = sorted(set(expected) - set(saved)), sorted(set(saved) - set(expected))
+        if missing:
+            faults.append(f"It lacks {_some(missing)}.")
+        if unexpected:
+            faults.append(f"It has besides {_some(unexpected)}.")
+        if faults and {canonical_name(name) for name in unexpected} >= {canonical_name(name) for name in missing}:
+            faults.append("The names differ by what a wrapper puts before them: save or load the bare module.")
+    shapes = [
+        f"{name!r} is {_shape(saved[name])} there and {_shape(value)} here"
+        for name, value in expected.items()
+        if name in saved and isinstance(value, Tensor) and _shape(saved[name]) != _shape(value)
+    ]
+    if shapes:
+        more = f"; and {len(shapes) - _MOST_NAMED} more" if len(shapes) > _MOST_NAMED else ""
+        faults.append(f"Shapes differ: {'; '.join(shapes[:_MOST_NAMED])}{more}.")
+    if faults:
+        raise CheckpointError(
+            f"{source + ': ' if source else ''}These are the weights of another model. {' '.join(faults)}"
+            " Build the model as the saved run did, or take another checkpoint. Nothing has been changed."
+        )
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(getattr(value, "shape", ()))
+
+
+def _some(names: Collection[str]) -> str:
+    listed = ", ".join(repr(name) for name in list(names)[:_MOST_NAMED])
+    return listed + (f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else "")
