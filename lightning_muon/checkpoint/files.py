@@ -18,7 +18,7 @@ import torch
 from lightning_muon.checkpoint.atomic import recover, replacing
 from lightning_muon.checkpoint.errors import CheckpointError, unusable
 
-__all__ = ["load_file", "save_file", "unwritable", "verify_file", "write"]
+__all__ = ["file_system_error", "load_file", "save_file", "unwritable", "verify_file", "write"]
 
 _READ_BYTES = 1 << 20
 # what zipfile lets through when bytes of a directory or a header are wrong
@@ -57,11 +57,16 @@ def write(checkpoint: Any, path: Path) -> None:
     try:
         with _checksums_on(), open(path, "wb") as file:
             torch.save(checkpoint, file)
-    except RuntimeError as error:  # torch's writer goes on after an error, and then complains of a wrong position
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, OSError):
-            cause = cause.__context__
-        raise cause or error from None
+    except RuntimeError as error:
+        raise file_system_error(error) from None
+
+
+def file_system_error(error: BaseException) -> BaseException:
+    """Why a write failed: torch's writer goes on after an ``OSError``, and then complains of a wrong position."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return cause or error
 
 
 def unwritable(path: Path, error: OSError) -> OSError:
