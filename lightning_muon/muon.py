@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_muon import canonical_state
 from lightning_muon.adamw_step import step_adamw
+from lightning_muon.construction import CONSTRUCTION, HyperparametersOnLoad, constructed_options, describe, settle
 from lightning_muon.empty_state import empty_state, is_empty
 from lightning_muon.explain import explain
 from lightning_muon.guard import gradients_are_finite, nonfinite_error
@@ -79,6 +80,11 @@ class Muon(Optimizer):
             parameter. Without it (``bf16-true``), steps smaller than half a unit in the last place are lost. Under a
             sharded strategy only a weight's owner has the copy. Where a parameter was changed from outside since
             the last step, the copy follows it.
+        hyperparameters_on_load: What ``load_state_dict`` does about a state of an optimizer that was constructed with
+            other hyper-parameters, or read its parameters as other matrices. ``"match"`` raises. ``"saved"`` goes on
+            with the saved ones, as torch's optimizers do, and still raises for matrices, which the rules decide.
+            ``"current"`` keeps the values of now where the constructors' differ, and the matrices of now. A
+            learning-rate scheduler restores its own ``base_lrs`` and goes on from those in any case.
 
     Attributes:
         skipped_steps: Steps left out because of ``nonfinite="skip"``.
@@ -109,6 +115,7 @@ class Muon(Optimizer):
         nonfinite: NonFinite = "raise",
         idle_matrices: IdleMatrices = "skip",
         master_weights: bool = False,
+        hyperparameters_on_load: HyperparametersOnLoad = "match",
     ) -> None:
         if nonfinite not in ("raise", "skip", "propagate"):
             raise ValueError(f"nonfinite={nonfinite!r} is not known; choose 'raise', 'skip' or 'propagate'.")
@@ -116,16 +123,23 @@ class Muon(Optimizer):
             raise ValueError(f"idle_matrices={idle_matrices!r} is not known; choose 'skip' or 'update'.")
         if not isinstance(master_weights, bool):
             raise ValueError(f"master_weights={master_weights!r} must be True or False.")
+        if hyperparameters_on_load not in ("match", "saved", "current"):
+            raise ValueError(
+                f"hyperparameters_on_load={hyperparameters_on_load!r} is not known;"
+                " choose 'match', 'saved' or 'current'."
+            )
         groups, module = as_param_groups(params)
         self.nonfinite = nonfinite
         self.idle_matrices = idle_matrices
         self.master_weights = master_weights
+        self.hyperparameters_on_load: HyperparametersOnLoad = hyperparameters_on_load
         self.skipped_steps = 0
         self._router = Router(rules, module)
         self._adamw_options = {"lr": lr if adamw_lr is None else adamw_lr, "betas": betas, "eps": eps}
         self._partition: Partition = Alone()
         # Changed in place only: Lightning's wrapper runs these methods with attributes of its own.
         self._consolidated: NamedState = {}
+        self._constructed: list[dict[str, Any]] = []
         self._update_records: list[UpdateRecord] = []
         self.last_grad_norms: dict[str, Tensor] = {}  # in place, too
         defaults = {
@@ -160,6 +174,7 @@ class Muon(Optimizer):
         for group in groups:
             group["name"] = unique_name(group["name"], {other["name"] for other in self.param_groups})
             super().add_param_group(group)
+            self._constructed.append(constructed_options(group))
         self._router.routes.update(routes)
 
     # ------------------------------------------------------------------ the step
@@ -398,26 +413,34 @@ class Muon(Optimizer):
                 "The optimizer's state is spread over several processes. Call consolidate_state_dict() on every one"
                 " of them first, then state_dict() on process 0; fabric.save and the Trainer do this by themselves."
             )
-        return canonical_state.pack(super().state_dict(), dict(self.named_parameters()), self._consolidated)
+        state = canonical_state.pack(super().state_dict(), dict(self.named_parameters()), self._consolidated)
+        return {**state, CONSTRUCTION: describe(self._constructed, self.routes)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a canonical state; a process takes what it owns. Parameters are matched by name.
 
         Raises:
-            ValueError: The state is of another model or of other routes. Nothing has been changed.
+            ValueError: The state is of another model, of other routes, or of other hyper-parameters or matrices and
+                ``hyperparameters_on_load`` does not allow them. Nothing has been changed.
         """
         self._create_state()
         groups, by_name = canonical_state.match(state_dict, self.param_groups)
+        kept, constructed = settle(
+            state_dict, self.param_groups, self._constructed, self.routes, self.hyperparameters_on_load
+        )
+        for group, options in zip(groups, kept, strict=True):
+            group.update(options)
         super().load_state_dict({"state": {}, "param_groups": groups})
         self.state.clear()
         self._create_state()
         for name, param in self.named_parameters():
             canonical_state.unpack_(self.state[param], by_name[name], partial(self._partition.take, name))
         self._consolidated.clear()
+        self._constructed[:] = constructed
 
     def __getstate__(self) -> dict[str, Any]:
-        policies = ("nonfinite", "idle_matrices", "master_weights")
-        own = (*policies, "skipped_steps", "last_grad_norms", "_router", "_adamw_options", "_partition")
+        policies = ("nonfinite", "idle_matrices", "master_weights", "hyperparameters_on_load")
+        own = (*policies, "skipped_steps", "last_grad_norms", "_router", "_adamw_options", "_partition", "_constructed")
         state: dict[str, Any] = super().__getstate__()
         return {
             **state,
