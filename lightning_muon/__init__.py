@@ -1,6 +1,7 @@
 """The Muon optimizer for PyTorch Lightning and Fabric. Importing it registers the strategies ``"muon_zero1"``."""
 
 from lightning_muon._register import register as _register
+from lightning_muon.checkpoint.takeover import take_over
 from lightning_muon.fabric.log import log_optimizer
 from lightning_muon.muon import Muon
 from lightning_muon.orthogonalize import orthogonalize
@@ -22,6 +23,7 @@ __all__ = [
     "log_optimizer",
     "mark",
     "orthogonalize",
+    "take_over",
 ]
 
 _register()

@@ -85,7 +85,8 @@ def recover(path: Path) -> None:
         if os.path.lexists(path):
             _remove(replaced)
         else:
-            os.rename(replaced, path)
+            with suppress(FileNotFoundError):  # another process does the same
+                os.rename(replaced, path)
 
 
 def _swap(staged: Path, path: Path) -> None:

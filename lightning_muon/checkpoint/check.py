@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_muon.checkpoint.errors import CheckpointError
+from lightning_muon.checkpoint.errors import CheckpointError, some
 from lightning_muon.names import canonical_name
 
 __all__ = ["check_weights"]
-
-_MOST_NAMED = 5
 
 
 def check_weights(saved: Mapping[str, Any], module: nn.Module, *, strict: bool = True, source: str = "") -> None:
@@ -35,19 +33,18 @@ def check_weights(saved: Mapping[str, Any], module: nn.Module, *, strict: bool =
     if strict:
         missing, unexpected = sorted(set(expected) - set(saved)), sorted(set(saved) - set(expected))
         if missing:
-            faults.append(f"It lacks {_some(missing)}.")
+            faults.append(f"It lacks {some(missing)}.")
         if unexpected:
-            faults.append(f"It has besides {_some(unexpected)}.")
+            faults.append(f"It has besides {some(unexpected)}.")
         if faults and {canonical_name(name) for name in unexpected} >= {canonical_name(name) for name in missing}:
             faults.append("The names differ by what a wrapper puts before them: save or load the bare module.")
     shapes = [
-        f"{name!r} is {_shape(saved[name])} there and {_shape(value)} here"
+        f"{name} is {_shape(saved[name])} there and {_shape(value)} here"
         for name, value in expected.items()
         if name in saved and isinstance(value, Tensor) and _shape(saved[name]) != _shape(value)
     ]
     if shapes:
-        more = f"; and {len(shapes) - _MOST_NAMED} more" if len(shapes) > _MOST_NAMED else ""
-        faults.append(f"Shapes differ: {'; '.join(shapes[:_MOST_NAMED])}{more}.")
+        faults.append(f"Shapes differ: {some(shapes)}.")
     if faults:
         raise CheckpointError(
             f"{source + ': ' if source else ''}These are the weights of another model. {' '.join(faults)}"
@@ -57,8 +54,3 @@ def check_weights(saved: Mapping[str, Any], module: nn.Module, *, strict: bool =
 
 def _shape(value: Any) -> tuple[int, ...]:
     return tuple(getattr(value, "shape", ()))
-
-
-def _some(names: Collection[str]) -> str:
-    listed = ", ".join(repr(name) for name in list(names)[:_MOST_NAMED])
-    return listed + (f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else "")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["CheckpointError", "unusable"]
+__all__ = ["CheckpointError", "some", "unusable"]
 
 _MOST_NAMED = 5
 
@@ -24,14 +25,18 @@ def unusable(path: Path, what: str, advice: str = "") -> CheckpointError:
     return CheckpointError(f"{path}: {what} {advice or _earlier(path)}")
 
 
+def some(names: Sequence[str]) -> str:
+    """The first few of many."""
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + more
+
+
 def _earlier(path: Path) -> str:
     others = [other for other in _entries(path.parent) if other.name != path.name and _looks_like_one(other, path)]
     others.sort(key=lambda other: other.stat().st_mtime, reverse=True)
     if not others:
         return "There is no other checkpoint beside it."
-    names = ", ".join(other.name for other in others[:_MOST_NAMED])
-    more = f" and {len(others) - _MOST_NAMED} more" if len(others) > _MOST_NAMED else ""
-    return f"Resume from another one: beside it there is {names}{more} (newest first)."
+    return f"Resume from another one: beside it there is {some([other.name for other in others])} (newest first)."
 
 
 def _entries(folder: Path) -> list[Path]:

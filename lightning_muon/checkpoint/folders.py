@@ -7,7 +7,6 @@ tensors, and ``meta.pt`` for the rest. ``manifest.json`` is ours.
 from __future__ import annotations
 
 import warnings
-from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,17 +25,16 @@ from torch.futures import Future
 from typing_extensions import override
 
 from lightning_muon.checkpoint.atomic import begin, commit, discard, saving_path
-from lightning_muon.checkpoint.errors import CheckpointError, unusable
+from lightning_muon.checkpoint.errors import CheckpointError, some, unusable
 from lightning_muon.checkpoint.files import file_system_error, load_file, unwritable, write
-from lightning_muon.checkpoint.manifest import checksums, read_manifest, verify_pieces, write_manifest
+from lightning_muon.checkpoint.manifest import MANIFEST, checksums, read_manifest, verify_pieces, write_manifest
 from lightning_muon.checkpoint.metadata import METADATA, SafeReader, read_metadata
-from lightning_muon.checkpoint.tensors import flatten, nest
+from lightning_muon.checkpoint.tensors import check_tensors, flatten, nest
 from lightning_muon.checkpoint.together import Processes
 
 __all__ = ["META", "is_sharded", "load_folder", "load_whole", "read_shapes", "save_folder"]
 
 META = "meta.pt"
-_MOST_NAMED = 5
 
 
 def is_sharded(path: str | Path) -> bool:
@@ -68,7 +66,7 @@ def save_folder(
     path, processes = Path(path), Processes.of(group)
     staged = saving_path(path)
     try:
-        processes.together(lambda: deque(flatten(state), maxlen=0))
+        processes.together(lambda: check_tensors(state))
         processes.on_first(lambda: begin(path).mkdir())
         with _quiet(), _as_errors_of(path):
             save(dict(state), storage_writer=_Writer(staged), process_group=group)
@@ -87,7 +85,7 @@ def _complete(path: Path, meta: Mapping[str, Any], files: dict[str, Any]) -> Non
     strangers = [name for name in files if not (staged / name).is_file()]
     if strangers:
         raise OSError(
-            f"Process 0 does not see {_some(strangers)} in {staged}, which other processes have written: a sharded"
+            f"Process 0 does not see {some(strangers)} in {staged}, which other processes have written: a sharded"
             " checkpoint needs a folder that all of them share"
         )
     write(dict(meta), staged / META)
@@ -183,6 +181,8 @@ def _open(path: Path, rank: int, world_size: int, verify: bool, weights_only: bo
         manifest = read_manifest(path)
         verify_pieces(path, manifest, rank=rank, world_size=world_size)
         files = manifest["files"]
+        if not {META, METADATA} <= set(files):
+            raise unusable(path, f"Its {MANIFEST} does not name {META} and {METADATA}: it is altered.")
     metadata = read_metadata(path, files)
     return metadata, load_file(path / META, verify=False, weights_only=weights_only)
 
@@ -193,7 +193,7 @@ def _tensors(path: Path, metadata: Metadata) -> dict[str, TensorStorageMetadata]
     if pickled:
         raise unusable(
             path,
-            f"Some of it is pickled and not tensors: {', '.join(pickled[:_MOST_NAMED])}. Loading that runs code.",
+            f"Some of it is pickled and not tensors: {some(pickled)}. Loading that runs code.",
             "If you trust it, `python -m lightning.fabric.utilities.consolidate_checkpoint` makes one file of it.",
         )
     return {key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
@@ -210,18 +210,12 @@ def _check_shapes(path: Path, metadata: Metadata, state: Mapping[str, Any]) -> N
             other.append(f"{name} is {tuple(entry.size)} there and {tuple(tensor.shape)} here")
     faults = []
     if missing:
-        faults.append(f"It lacks {_some(missing)}.")
+        faults.append(f"It lacks {some(missing)}.")
     if other:
-        faults.append(f"Shapes differ: {_some(other)}.")
+        faults.append(f"Shapes differ: {some(other)}.")
     if faults:
         advice = "It is of another model; build the model as the saved run did. Nothing has been changed."
         raise unusable(path, " ".join(faults), advice)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:_MOST_NAMED]) + (
-        f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    )
 
 
 class _Writer(FileSystemWriter):

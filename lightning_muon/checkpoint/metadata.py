@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from typing_extensions import override
 
-from lightning_muon.checkpoint.errors import unusable
+from lightning_muon.checkpoint.errors import some, unusable
 
 __all__ = ["METADATA", "SafeReader", "read_metadata"]
 
@@ -84,7 +84,7 @@ def read_metadata(folder: Path, files: Iterable[str] | None = None) -> Metadata:
         raise unusable(folder, f"Its {METADATA} is altered or unsafe: {error}. It has not been loaded.") from error
     strangers = used - set(files if files is not None else [name for name in used if Path(name).name == name])
     if strangers:
-        raise unusable(folder, f"Its {METADATA} points to files that are not its own: {', '.join(sorted(strangers))}.")
+        raise unusable(folder, f"Its {METADATA} points to files that are not its own: {some(sorted(strangers))}.")
     return metadata
 
 

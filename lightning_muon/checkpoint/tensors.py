@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["flatten", "join", "nest", "separate"]
+__all__ = ["check_tensors", "flatten", "join", "nest", "separate"]
 
 Path = tuple[str, ...]
 
@@ -32,6 +32,12 @@ def flatten(state: Mapping[str, Any], path: Path = ()) -> Iterator[tuple[Path, T
                 f"{'.'.join(where)!r} is a {type(value).__name__}; the sharded part of a checkpoint holds tensors. Put"
                 " the rest into meta; lightning_muon.checkpoint.tensors.separate does."
             )
+
+
+def check_tensors(state: Mapping[str, Any]) -> None:
+    """Raise what ``flatten`` would."""
+    for _ in flatten(state):
+        pass
 
 
 def nest(values: Mapping[Path, Any]) -> dict[str, Any]:

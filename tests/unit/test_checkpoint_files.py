@@ -232,10 +232,10 @@ def test_weights_of_another_model_are_refused():
     other = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2), nn.Linear(2, 2))
     with pytest.raises(
         CheckpointError,
-        match=r"last\.ckpt: .*besides '2\.bias', '2\.weight'\. .*'0\.weight' is \(5, 3\) there and \(4, 3\) here",
+        match=r"last\.ckpt: .*besides 2\.bias, 2\.weight\. .*0\.weight is \(5, 3\) there and \(4, 3\) here",
     ):
         check_weights(other.state_dict(), module, source="last.ckpt")
-    with pytest.raises(CheckpointError, match=r"lacks '1\.bias', '1\.weight'"):
+    with pytest.raises(CheckpointError, match=r"lacks 1\.bias, 1\.weight"):
         check_weights(nn.Sequential(nn.Linear(3, 4)).state_dict(), module)
     check_weights(nn.Sequential(nn.Linear(3, 4)).state_dict(), module, strict=False)
     wrapped = {f"_orig_mod.{name}": value for name, value in module.state_dict().items()}

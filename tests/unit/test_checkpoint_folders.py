@@ -219,6 +219,10 @@ def test_a_manifest_names_no_file_outside(saved):
     content["files"]["../x"] = {"bytes": 0, "crc32": []}
     (saved / "manifest.json").write_text(json.dumps(content))
     refused(saved, "altered")
+    del content["files"]["../x"]
+    del content["files"][".metadata"]
+    (saved / "manifest.json").write_text(json.dumps(content))
+    refused(saved, r"does not name meta\.pt and \.metadata")
 
 
 def test_tensors_apart_and_together_again():
