@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-__all__ = ["UnitPrecision", "unit_precision"]
+__all__ = ["UnitPrecision", "autocast_forward", "unit_precision"]
 
 
 @dataclass(frozen=True)
@@ -17,13 +20,13 @@ class UnitPrecision:
     Attributes:
         blocks: For the blocks.
         rest: For what is in no block.
-        keeps_vectors: Whether modules in a block that have vectors only, such as norms, are a group of their own,
-            under the policy of the rest.
+        autocast: The 16-bit dtype of autocast, if there is one. Then modules in a block that have vectors only, such as
+            norms, are a group of their own, under the policy of the rest.
     """
 
     blocks: MixedPrecisionPolicy
     rest: MixedPrecisionPolicy
-    keeps_vectors: bool = False
+    autocast: torch.dtype | None = None
 
 
 def unit_precision(precision: str, policy: MixedPrecisionPolicy | None = None) -> UnitPrecision:
@@ -35,7 +38,7 @@ def unit_precision(precision: str, policy: MixedPrecisionPolicy | None = None) -
     (norms: one more small gather and reduction per block) and what is in no block (embeddings, whose output is the
     residual stream, and the head). Inputs are not cast. Gradients are reduced in float32. What is left of a difference
     to DistributedDataParallel is a matrix in a block that the model itself uses outside autocast, such as a router's:
-    it is used rounded.
+    it is used rounded. Blocks that are called outside autocast, by a callback, say, turn it on for themselves.
 
     torch's usual policy, ``MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)``, rounds the
     residual stream, too. Pass it as ``policy`` for fewer bytes and collectives.
@@ -53,4 +56,18 @@ def unit_precision(precision: str, policy: MixedPrecisionPolicy | None = None) -
     if half is None:
         return UnitPrecision(MixedPrecisionPolicy(), MixedPrecisionPolicy())
     rounded = MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
-    return UnitPrecision(rounded, MixedPrecisionPolicy(cast_forward_inputs=False), keeps_vectors=True)
+    return UnitPrecision(rounded, MixedPrecisionPolicy(cast_forward_inputs=False), half)
+
+
+def autocast_forward(module: nn.Module, device_type: str, dtype: torch.dtype) -> None:
+    """Have a module whose weights are gathered in 16 bits compute with autocast, also where nobody turned it on."""
+    forward = module.forward
+
+    @functools.wraps(forward)
+    def with_autocast(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_autocast_enabled(device_type):
+            return forward(*args, **kwargs)
+        with torch.autocast(device_type, dtype):
+            return forward(*args, **kwargs)
+
+    module.forward = with_autocast

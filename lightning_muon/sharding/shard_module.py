@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_muon.sharding.checkpointing import checkpoint_activations
 from lightning_muon.sharding.materialize import Materializer, require_initializers
-from lightning_muon.sharding.mixed_precision import UnitPrecision
+from lightning_muon.sharding.mixed_precision import UnitPrecision, autocast_forward
 from lightning_muon.sharding.same_weights import broadcast_from_first
 from lightning_muon.sharding.shardable import require_shardable, unit_tensors
 
@@ -64,6 +64,9 @@ def shard_module(
     """
     require_shardable(module, blocks, strategy)
     require_initializers(module)
+    if precision.autocast is not None:
+        for block in blocks.values():
+            autocast_forward(block, mesh.device_type, precision.autocast)
     checkpoint_activations(checkpointed)
     device = _device(mesh)
     materializer = Materializer(device)
@@ -88,7 +91,7 @@ def shard_module(
                 visit(child)
         if id(part) in names:
             complete(part)
-            if precision.keeps_vectors and (vectors := _vector_modules(part)):
+            if precision.autocast is not None and (vectors := _vector_modules(part)):
                 fully_shard(vectors, mp_policy=precision.rest, **options)
             fully_shard(part, mp_policy=precision.blocks, **options)
 
