@@ -41,7 +41,9 @@ def unit_precision(precision: str, policy: MixedPrecisionPolicy | None = None) -
     it is used rounded. Blocks that are called outside autocast, by a callback, say, turn it on for themselves.
 
     torch's usual policy, ``MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)``, rounds the
-    residual stream, too. Pass it as ``policy`` for fewer bytes and collectives.
+    residual stream, too. Pass it as ``policy`` for fewer bytes and collectives, and for compiled blocks:
+    ``torch.compile`` breaks its graph where a norm is gathered (an error with ``fullgraph=True``), and compiles nothing
+    of a block that was compiled by ``block.compile()`` and is checkpointed.
 
     The other precisions need no policy: parameters, gradients and their reduction have one dtype.
 

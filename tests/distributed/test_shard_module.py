@@ -1,5 +1,7 @@
 """A module that never heard of FSDP, sharded, with one process as the measure."""
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -263,15 +265,51 @@ def with_tensor_parallelism(is_meta):
     return start, *train(model, rank, 2)
 
 
-def test_tensor_parallelism():
+@pytest.mark.parametrize("is_meta", [False, True])
+def test_tensor_parallelism(is_meta):
     model = one_process(inner=12)  # torch's parallel layers need even pieces
     first = full_weights(model)
-    expected, _ = train(model)
-    for start, end, _ in run_processes(4, with_tensor_parallelism, False):
-        for name, weight in first.items():
-            torch.testing.assert_close(start[name], weight, rtol=0, atol=0, msg=name)
+    for start, end, _ in run_processes(4, with_tensor_parallelism, is_meta):
+        with torch.no_grad():
+            for name, param in model.named_parameters():
+                if is_meta:  # torch draws pieces of a random tensor in its own way
+                    assert not torch.equal(start[name], torch.zeros_like(param)) or "bias" in name
+                    param.copy_(start[name])
+                else:
+                    torch.testing.assert_close(start[name], first[name], rtol=0, atol=0, msg=name)
+        expected, _ = train(copy.deepcopy(model))
         for name, weight in expected.items():
             assert relative_error(end[name], weight) <= 2e-5, name
+
+
+full_elements = []
+
+
+class Counting(nn.Linear):
+    """Notes how many elements of the whole model are whole on this rank while it gets its values."""
+
+    model = None
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        if Counting.model is not None:
+            params = Counting.model.parameters()
+            full_elements.append(sum(p.numel() for p in params if not isinstance(p, DTensor) and not p.is_meta))
+
+
+def meta_memory():
+    full_elements.clear()
+    with torch.device("meta"):
+        Counting.model = None
+        model = nn.Sequential(Counting(4, 5), *(nn.Sequential(Counting(5, 9), Counting(9, 5)) for _ in range(6)))
+    Counting.model = model
+    shard(model, (2,), wrap=lambda name, part: type(part) is nn.Sequential)
+    return list(full_elements)
+
+
+def test_one_block_at_a_time_is_whole():
+    stem, up, down = 4 * 5 + 5, 5 * 9 + 9, 9 * 5 + 5
+    assert run_processes(2, meta_memory) == [[stem, *[stem + up, stem + up + down] * 6]] * 2
 
 
 def errors():
@@ -353,3 +391,33 @@ def left_out():
 
 def test_a_module_sharded_by_its_user_must_be_sharded_whole():
     run_processes(2, left_out)
+
+
+def compiled_training(way, precision, checkpoint, fullgraph=False):
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = one_process()
+    for index, block in enumerate(model.layers):
+        if way == "in place":
+            block.compile(backend="aot_eager")
+        elif way == "around":
+            model.layers[index] = torch.compile(block, backend="aot_eager", fullgraph=fullgraph)
+    shard(model, (world_size,), precision=unit_precision(precision), checkpoint=checkpoint)
+    assert len([part for part in model.layers if isinstance(part, FSDPModule)]) == 3
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+        weights, losses = train(model, rank, world_size, evaluates=True)
+    # the groups of norms break the graph, and torch compiles nothing of a checkpoint with a break inside
+    compiles = way == "around" or (way == "in place" and not (checkpoint and precision == "bf16-mixed"))
+    assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) == compiles
+    return {name.replace("_orig_mod.", ""): weight for name, weight in weights.items()}, losses
+
+
+@pytest.mark.parametrize("way", ["in place", "around"])
+@pytest.mark.parametrize(("precision", "checkpoint"), [("32-true", False), ("32-true", True), ("bf16-mixed", True)])
+def test_compiled_blocks(way, precision, checkpoint):
+    expected, losses = run_processes(2, compiled_training, "no", precision, checkpoint)[0]
+    for weights, their_losses in run_processes(2, compiled_training, way, precision, checkpoint):
+        for name, weight in expected.items():
+            assert relative_error(weights[name], weight) <= (1e-2 if precision == "bf16-mixed" else 2e-5), name
+        assert their_losses == pytest.approx(losses, rel=1e-2 if precision == "bf16-mixed" else 1e-4)
