@@ -20,6 +20,9 @@ def checkpoint_activations(modules: Iterable[nn.Module]) -> None:
     backward once, and the recomputation, within the unit, finds them there. So this can come before or after
     ``fully_shard``, but before ``module.compile()`` is first called.
 
+    A module must compute the same again, and change nothing: models of ``transformers`` need
+    ``config.use_cache = False``.
+
     Args:
         modules: What to wrap; a module that is checkpointed already is left as it is.
     """

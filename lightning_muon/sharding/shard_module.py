@@ -91,8 +91,8 @@ def shard_module(
                 visit(child)
         if id(part) in names:
             complete(part)
-            if precision.autocast is not None and (vectors := _vector_modules(part)):
-                fully_shard(vectors, mp_policy=precision.rest, **options)
+            if precision.autocast is not None and (full := _full_modules(part, precision.full)):
+                fully_shard(full, mp_policy=precision.rest, **options)
             fully_shard(part, mp_policy=precision.blocks, **options)
 
     visit(module)
@@ -131,15 +131,20 @@ def require_sharded(module: nn.Module, strategy: str = "muon_fsdp") -> None:
         )
 
 
-def _vector_modules(block: nn.Module) -> list[nn.Module]:
-    """Modules without modules inside whose parameters all have one dimension: norms, and scales of layers."""
-    found = []
-    for part in block.modules():
-        params = list(part.parameters(recurse=False))
-        is_leaf = not any(True for _ in part.children())
-        if part is not block and is_leaf and params and all(param.ndim == 1 for param in params):
-            found.append(part)
-    return found
+def _full_modules(part: nn.Module, classes: tuple[type[nn.Module], ...]) -> list[nn.Module]:
+    """Modules in a block that are not gathered in 16 bits: those of the classes, and those that have no modules inside
+    and parameters of one dimension only (norms, and scales of layers)."""
+    found: list[nn.Module] = []
+    for child in part.children():
+        if isinstance(child, FSDPModule):
+            continue
+        params = list(child.parameters())
+        is_leaf = not any(True for _ in child.children())
+        if params and (isinstance(child, classes) or (is_leaf and all(param.ndim == 1 for param in params))):
+            found.append(child)
+        else:
+            found.extend(_full_modules(child, classes))
+    return list(dict.fromkeys(found))
 
 
 def _device(mesh: DeviceMesh) -> torch.device:

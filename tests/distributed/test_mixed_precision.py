@@ -170,6 +170,44 @@ def test_what_is_gathered_in_16_bits():
         assert dtype == (torch.bfloat16 if is_rounded else torch.float32), name
 
 
+class Router(nn.Linear):
+    """Its scores are computed in float32, whatever autocast does elsewhere."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return nn.functional.linear(x.float(), self.weight.float())
+
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.router, self.up = Router(8, 8, bias=False), nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+
+    def forward(self, x):
+        return x + self.up(x) * self.router(x).sigmoid()
+
+
+def routed_gradients(full):
+    torch.manual_seed(0)
+    module = model = nn.Sequential(nn.Linear(8, 8), *(Gated() for _ in range(3)))
+    if full is None:
+        model = DistributedDataParallel(module)
+    else:
+        precision = unit_precision("bf16-mixed", full=full)
+        shard_module(module, init_device_mesh("cpu", (2,)), blocks=find_blocks(module), precision=precision)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(torch.randn(4, 8)).square().mean()
+    loss.backward()
+    return {name: whole(param.grad) for name, param in module.named_parameters()}
+
+
+def test_modules_in_full_precision():
+    expected = run_processes(2, routed_gradients, None)[0]
+    assert difference(run_processes(2, routed_gradients, ())[0], expected) > 1e-4
+    for grads in run_processes(2, routed_gradients, {Router}):
+        assert difference(grads, expected) <= 1e-6
+
+
 def test_policies():
     nothing = UnitPrecision(MixedPrecisionPolicy(), MixedPrecisionPolicy())
     for precision in ("32-true", "64-true", "bf16-true", "16-true"):
