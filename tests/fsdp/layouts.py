@@ -8,7 +8,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from lightning_muon.sharding.fsdp import FSDPOptions, shard_optimizer
+from lightning_muon.sharding.fsdp import shard_optimizer
 
 # The models are small: with the default, all their matrices would be one stage.
 MANY_STAGES = {"exchange_mb": 0.002}
@@ -40,8 +40,8 @@ def _shard(module, units, mesh):
     return fully_shard(module, mesh=mesh)
 
 
-def adopt(optimizer, **options):
-    shard_optimizer(optimizer, FSDPOptions(**{**MANY_STAGES, **options}))
+def adopt(optimizer, module, **options):
+    shard_optimizer(optimizer, module, **{**MANY_STAGES, **options})
 
 
 def whole(tensor):

@@ -27,7 +27,7 @@ def train(shapes, layout, options, steps=10, exchange=None):
         layout(model)
     optimizer = lm.Muon(groups_of(model), lr=0.02, adamw_lr=0.01, **options)
     if layout is not None:
-        adopt(optimizer, **(exchange or {}))
+        adopt(optimizer, model, **(exchange or {}))
     for step in range(steps):
         wanted = gradients(shapes, step)
         for name, param in model.named_parameters():

@@ -176,7 +176,7 @@ def bytes_of_a_step(layout, dtype):
     model = Injected(shapes)
     layout(model)
     optimizer = lm.Muon(model)
-    adopt(optimizer, exchange_dtype=dtype, exchange_mb=0.02)
+    adopt(optimizer, model, exchange_dtype=dtype, exchange_mb=0.02)
     for param in model.parameters():
         param.grad = torch.ones_like(param)
     with _Counted() as counted:
@@ -212,7 +212,7 @@ def columns_in_pieces():
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     model.conv.weight = nn.Parameter(distribute_tensor(model.conv.weight.detach(), mesh, [Shard(2)]))
     with pytest.raises(ValueError, match=r"conv\.weight.*columns"):
-        adopt(lm.Muon(model))
+        adopt(lm.Muon(model), model)
 
 
 def ranks_disagree():
@@ -220,7 +220,7 @@ def ranks_disagree():
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     model.w = nn.Parameter(distribute_tensor(model.w.detach(), mesh, [Shard(0)]))
     with pytest.raises(RuntimeError, match="parameter 'v'"):
-        adopt(lm.Muon(model))
+        adopt(lm.Muon(model), model)
 
 
 def without_a_partition():

@@ -56,7 +56,7 @@ def train(
             rank, size = rank // 2, size // 2
     optimizer = lm.Muon(model, lr=1e-2, adamw_lr=5e-3, orthogonalization_dtype=torch.float32, **(muon or {}))
     if layout is not None:
-        adopt(optimizer, **(exchange or {}))
+        adopt(optimizer, model, **(exchange or {}))
     norms = []
     for batch in token_batches(steps, 12):
         optimizer.zero_grad()
@@ -135,7 +135,7 @@ def measured(build, layout=None):
         layout(model, ())
     optimizer = lm.Muon(model, lr=1e-2, orthogonalization_dtype=torch.float32)
     if layout is not None:
-        adopt(optimizer, exchange_dtype=torch.bfloat16)
+        adopt(optimizer, model, exchange_dtype=torch.bfloat16)
     for batch in token_batches(2, 12):
         optimizer.zero_grad()
         model.loss(batch).backward()
@@ -160,7 +160,7 @@ def spectra_of_the_first_weights(layout=None):
         layout(model, ())
     optimizer = lm.Muon(model)
     if layout is not None:
-        adopt(optimizer, exchange_dtype=torch.bfloat16)
+        adopt(optimizer, model, exchange_dtype=torch.bfloat16)
     return collect([optimizer], [Request(("weight_svd_entropy", "weight_rms"))]).values
 
 

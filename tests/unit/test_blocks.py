@@ -16,7 +16,7 @@ from transformers import (
 
 from examples.moe_lm.config import ModelConfig
 from examples.moe_lm.model import MoELM
-from lightning_muon.sharding.blocks import describe_blocks, find_blocks
+from lightning_muon.sharding.fsdp.blocks import describe_blocks, find_blocks
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
 

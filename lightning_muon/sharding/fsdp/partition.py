@@ -6,7 +6,7 @@ from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_muon.exchange import Exchange
 from lightning_muon.local import local
@@ -16,9 +16,10 @@ from lightning_muon.orthogonalize import default_dtype
 from lightning_muon.partition import NamedState, Range
 from lightning_muon.sharding.fsdp.announce import announce
 from lightning_muon.sharding.fsdp.exchange import ShardExchange, routes_of
+from lightning_muon.sharding.fsdp.missing import MissingFSDPGradients
 from lightning_muon.sharding.fsdp.plan import plan_shards
+from lightning_muon.sharding.fsdp.shard_module import drop_gathered
 from lightning_muon.sharding.fsdp.transfers import Loads, StageTransfers, held_matrices, plan_stage
-from lightning_muon.sharding.missing import MissingGradients
 
 __all__ = ["ShardPartition"]
 
@@ -32,6 +33,7 @@ class ShardPartition:
 
     Args:
         optimizer: The optimizer; not yet stepped.
+        module: The sharded module.
         missing: What is done about gradients that some ranks lack.
         stage_bytes: What a rank sends to owners in one stage, about, in float32.
         exchange_dtype: What values travel as; ``None`` for bfloat16 where matrices are orthogonalised in 16 bits, which
@@ -49,13 +51,14 @@ class ShardPartition:
     def __init__(
         self,
         optimizer: Muon,
-        missing: MissingGradients,
+        module: nn.Module,
+        missing: MissingFSDPGradients,
         stage_bytes: int,
         exchange_dtype: torch.dtype | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> None:
         self.rank, self.world_size, self.group = dist.get_rank(group), dist.get_world_size(group), group
-        self.missing = missing
+        self.module, self.missing = module, missing
         options = {
             "the size of stages": stage_bytes,
             "exchange_dtype": exchange_dtype,
@@ -147,7 +150,8 @@ class ShardPartition:
         return self.plan.stages
 
     def check_gradients(self) -> None:
-        """Apply the policy on missing gradients."""
+        """Apply the policy on missing gradients, and drop weights that are still gathered and about to be old."""
+        drop_gathered(self.module)
         self.missing.resolve({param: name for name, param in self._params.items()})
 
     def forget_gradients(self) -> None:

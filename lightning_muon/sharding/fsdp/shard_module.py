@@ -12,11 +12,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from lightning_muon.sharding.checkpointing import checkpoint_activations
-from lightning_muon.sharding.materialize import Materializer, require_initializers
-from lightning_muon.sharding.mixed_precision import UnitPrecision, autocast_forward
-from lightning_muon.sharding.same_weights import broadcast_from_first
-from lightning_muon.sharding.shardable import require_shardable, unit_tensors
+from lightning_muon.sharding.fsdp.materialize import Materializer, require_initializers
+from lightning_muon.sharding.fsdp.mixed_precision import UnitPrecision, autocast_forward
+from lightning_muon.sharding.fsdp.recompute import checkpoint_activations
+from lightning_muon.sharding.fsdp.same_weights import broadcast_from_first
+from lightning_muon.sharding.fsdp.shardable import require_shardable, unit_tensors
 
 __all__ = ["drop_gathered", "is_sharded", "require_sharded", "shard_module"]
 

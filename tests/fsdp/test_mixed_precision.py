@@ -11,10 +11,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_muon.sharding.blocks import find_blocks
-from lightning_muon.sharding.mixed_precision import UnitPrecision, unit_precision
+from lightning_muon.sharding.fsdp.blocks import find_blocks
+from lightning_muon.sharding.fsdp.mixed_precision import UnitPrecision, unit_precision
+from lightning_muon.sharding.fsdp.shard_module import drop_gathered, shard_module
 from lightning_muon.sharding.precision import share_overflows
-from lightning_muon.sharding.shard_module import drop_gathered, shard_module
 from tests.processes import run_processes
 from tests.references import relative_error
 

@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from lightning_muon.sharding.missing_fsdp import MissingFSDPGradients
+from lightning_muon.sharding.fsdp.missing import MissingFSDPGradients
 from tests.processes import run_processes
 from tests.references import relative_error
 

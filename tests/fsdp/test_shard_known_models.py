@@ -11,10 +11,10 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, L
 
 from examples.moe_lm.config import ModelConfig
 from examples.moe_lm.model import MoELM
-from lightning_muon.sharding.blocks import find_blocks
-from lightning_muon.sharding.missing_fsdp import MissingFSDPGradients
-from lightning_muon.sharding.mixed_precision import unit_precision
-from lightning_muon.sharding.shard_module import drop_gathered, shard_module
+from lightning_muon.sharding.fsdp.blocks import find_blocks
+from lightning_muon.sharding.fsdp.missing import MissingFSDPGradients
+from lightning_muon.sharding.fsdp.mixed_precision import unit_precision
+from lightning_muon.sharding.fsdp.shard_module import drop_gathered, shard_module
 from tests.processes import run_processes
 from tests.references import relative_error
 

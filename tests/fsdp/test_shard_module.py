@@ -12,9 +12,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.functional import cross_entropy, gelu
 
-from lightning_muon.sharding.blocks import find_blocks
-from lightning_muon.sharding.mixed_precision import unit_precision
-from lightning_muon.sharding.shard_module import drop_gathered, is_sharded, require_sharded, shard_module
+from lightning_muon.sharding.fsdp.blocks import find_blocks
+from lightning_muon.sharding.fsdp.mixed_precision import unit_precision
+from lightning_muon.sharding.fsdp.shard_module import drop_gathered, is_sharded, require_sharded, shard_module
 from tests.processes import run_processes
 from tests.references import relative_error
 
