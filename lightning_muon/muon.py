@@ -381,8 +381,8 @@ class Muon(Optimizer):
         if not self._partition.is_sharded and any(hasattr(param, "to_local") for _, param in self.named_parameters()):
             raise RuntimeError(
                 "The parameters are sharded (DTensor), and the optimizer does not know with whom. Use the strategy"
-                " 'muon_fsdp'; or, without Lightning, call lightning_muon.sharding.fsdp.shard_optimizer(optimizer, module)"
-                " on every process, before the first step and before a state is loaded."
+                " 'muon_fsdp'; or, without Lightning, call lightning_muon.sharding.fsdp.shard_optimizer(optimizer,"
+                " module) on every process, before the first step and before a state is loaded."
             )
         for name, param in self.named_parameters():
             ranges = self.local_ranges(name, param)
