@@ -13,9 +13,12 @@ import struct
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from lightning_muon.checkpoint import atomic
 from lightning_muon.checkpoint.files import load_file, save_file
@@ -52,36 +55,46 @@ def fork(function: Callable[[], None]) -> int:
         try:
             function()
             os._exit(0)
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
             os._exit(1)
     return child
 
 
-def kill_at_random(path: Path, folder: bool, generator: random.Random) -> dict[str, object]:
-    """Save one generation after the other until killed."""
-    first = load(path) + 1
+def kill_at_random(path: Path, folder: bool, victim: int, generator: random.Random) -> dict[str, object]:
+    """Save one generation after the other, a file by one process and a folder by two, until one is killed."""
+    first, world_size = load(path) + 1, 2 if folder else 1
     reader, writer = os.pipe()
 
-    def go_on_saving() -> None:
+    def go_on_saving(rank: int) -> None:
+        if folder:
+            store = f"file://{path.parent}/store-{first}"
+            dist.init_process_group(
+                "gloo", init_method=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=20)
+            )
         for generation in range(first, first + 1000):
             save(path, generation, folder)
-            os.write(writer, struct.pack("i", generation))
+            if rank == 0:
+                os.write(writer, struct.pack("i", generation))
 
-    start = time.perf_counter()
-    child = fork(go_on_saving)
+    def report() -> int | None:
+        reported = os.read(reader, 4)
+        return struct.unpack("i", reported)[0] if reported else None
+
+    children = [fork(partial(go_on_saving, rank)) for rank in range(world_size)]
     os.close(writer)
-    done = struct.unpack("i", os.read(reader, 4))[0]
+    report()
+    start = time.perf_counter()
+    done = report()
     time.sleep(generator.uniform(0, 2) * (time.perf_counter() - start))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    while reported := os.read(reader, 4):
-        done = struct.unpack("i", reported)[0]
+    os.kill(children[victim], signal.SIGKILL)
+    statuses = [os.waitpid(child, 0)[1] for child in children]
+    while (later := report()) is not None:
+        done = later
     os.close(reader)
+    survivors = [os.WEXITSTATUS(status) for rank, status in enumerate(statuses) if rank != victim]
     torn = atomic.saving_path(path).exists()
-    return {"kind": "random", "allowed": [done, done + 1], "found": load(path), "torn": torn}
+    return {"kind": "random", "allowed": [done, done + 1], "found": load(path), "torn": torn, "survivors": survivors}
 
 
 def kill_at_event(path: Path, number: int, old: bool, new: bool) -> dict[str, object] | None:
@@ -128,9 +141,9 @@ def main(folder: Path) -> None:
     for is_folder in (False, True):
         path = folder / f"random {is_folder}" / "last.ckpt"
         save(path, 0, is_folder)
-        results += [
-            {**kill_at_random(path, is_folder, generator), "folder": is_folder} for _ in range(NUM_RANDOM_KILLS)
-        ]
+        for number in range(NUM_RANDOM_KILLS):
+            victim = number % 2 if is_folder else 0
+            results.append({**kill_at_random(path, is_folder, victim, generator), "folder": is_folder})
     for old in (False, True):
         for new in (False, True):
             number = 1

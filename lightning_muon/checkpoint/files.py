@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from lightning_muon.checkpoint.atomic import recover, replacing
 from lightning_muon.checkpoint.errors import CheckpointError, unusable
+from lightning_muon.checkpoint.together import Processes
 
-__all__ = ["file_system_error", "load_file", "save_file", "unwritable", "verify_file", "write"]
+__all__ = ["file_system_error", "load_file", "load_file_together", "save_file", "unwritable", "verify_file", "write"]
 
 _READ_BYTES = 1 << 20
 # what zipfile lets through when bytes of a directory or a header are wrong
@@ -113,6 +115,28 @@ def load_file(path: str | Path, *, verify: bool = True, weights_only: bool = Tru
         raise
     except Exception as error:  # whatever torch says of bytes that are no checkpoint
         raise unusable(path, f"It cannot be read: {_first_line(error)}.") from error
+
+
+def load_file_together(path: str | Path, *, group: dist.ProcessGroup | None = None, weights_only: bool = True) -> Any:
+    """``load_file`` by all processes at once: they share the verification, and all raise if one finds a fault.
+
+    Args:
+        path: A file that all of them see.
+        group: Who takes part; ``None`` is everybody, or this process alone without a process group.
+        weights_only: See ``load_file``.
+
+    Raises:
+        CheckpointError: See there.
+    """
+    path, processes = Path(path), Processes.of(group)
+    loaded: list[Any] = []
+
+    def verify_and_load() -> None:
+        verify_file(path, rank=processes.rank, world_size=processes.size)
+        loaded.append(load_file(path, verify=False, weights_only=weights_only))
+
+    processes.together(verify_and_load)
+    return loaded[0]
 
 
 def verify_file(path: str | Path, *, rank: int = 0, world_size: int = 1) -> None:

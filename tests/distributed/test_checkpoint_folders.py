@@ -8,6 +8,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from lightning_muon.checkpoint import folders
 from lightning_muon.checkpoint.errors import CheckpointError
+from lightning_muon.checkpoint.files import load_file_together, save_file
 from lightning_muon.checkpoint.folders import load_folder, load_whole, save_folder
 from tests.processes import run_processes
 
@@ -138,3 +139,22 @@ def test_where_one_process_fails_to_save_all_raise_and_the_old_one_stays(tmp_pat
         assert all("No space left on device" in text and "before is intact" in text for text in texts)
     assert_whole(load_whole(path)[0], 1)
     assert [entry.name for entry in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def load_a_file(path):
+    try:
+        return load_file_together(path)["weight"].sum().item()
+    except CheckpointError as error:
+        return str(error)
+
+
+def test_one_file_is_verified_by_all(tmp_path):
+    path = tmp_path / "last.ckpt"
+    save_file({"weight": torch.ones(5000), "other": torch.zeros(5000)}, path)
+    assert run_processes(3, load_a_file, path) == [5000.0] * 3
+    data = bytearray(path.read_bytes())
+    data[data.index(torch.ones(5000).numpy().tobytes()) + 777] ^= 1
+    path.write_bytes(data)
+    texts = run_processes(3, load_a_file, path)
+    assert all("is cut off, altered, or no checkpoint" in text for text in texts)
+    assert sum("(found by process" in text for text in texts) == 2

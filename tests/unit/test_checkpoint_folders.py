@@ -12,9 +12,12 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
+import lightning_muon as lm
 from lightning_muon.checkpoint.errors import CheckpointError
 from lightning_muon.checkpoint.folders import is_sharded, load_folder, load_whole, read_shapes, save_folder
+from lightning_muon.checkpoint.named import from_named, to_named
 from lightning_muon.checkpoint.tensors import join, separate
+from tests.models import awkward_model, token_batches
 
 META = {"epoch": 3, "groups": [{"lr": 0.1, "betas": (0.9, 0.95)}], "rng": torch.arange(4)}
 
@@ -236,3 +239,23 @@ def test_tensors_apart_and_together_again():
 def test_number_keys_are_refused(tmp_path):
     with pytest.raises(TypeError, match="must be text"):
         save_folder(tmp_path / "x", {"optimizer": {0: torch.ones(1)}}, {})
+
+
+def test_an_optimizer_goes_through_a_folder(tmp_path):
+    model = awkward_model()
+    optimizer = lm.Muon(model, lr=0.05)
+    model.loss(token_batches(1, 4)[0]).backward()
+    optimizer.step()
+    tensors, rest = to_named(optimizer.state_dict())
+    assert set(tensors["square.weight"]) == {"momentum_buffer"}
+    save_folder(tmp_path / "last.ckpt", {"optimizer": tensors}, {"optimizer_groups": rest})
+    state, meta = load_whole(tmp_path / "last.ckpt")
+    resumed = lm.Muon(awkward_model(seed=1), lr=0.05)
+    resumed.load_state_dict(from_named(state["optimizer"], meta["optimizer_groups"]))
+    one, other = optimizer.state_dict(), resumed.state_dict()
+    assert one["param_groups"] == other["param_groups"]
+    for index, entries in one["state"].items():
+        assert all(torch.equal(value, other["state"][index][key]) for key, value in entries.items())
+    other_recipe = lm.Muon(awkward_model(), lr=0.1)
+    with pytest.raises(ValueError, match=r"lr=0\.05 saved, 0\.1 now"):
+        other_recipe.load_state_dict(from_named(state["optimizer"], meta["optimizer_groups"]))

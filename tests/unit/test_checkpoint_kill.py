@@ -25,7 +25,8 @@ def test_at_a_random_moment(kills, folder):
     assert len(random) >= 20
     for kill in random:
         assert kill["found"] in kill["allowed"], kill
-    assert sum(kill["torn"] for kill in random) >= 5, "the kills must hit the middle of saves"
+        assert kill["survivors"] == [1] * folder, "the other process raises"
+    assert sum(kill["torn"] for kill in random) >= 3, "kills must hit the middle of saves"
 
 
 @pytest.mark.parametrize("new", [False, True], ids=["by a file", "by a folder"])
