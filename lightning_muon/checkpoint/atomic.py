@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["begin", "commit", "discard", "recover", "replacing", "saving_path"]
+__all__ = ["begin", "commit", "discard", "recover", "remove", "replacing", "saving_path"]
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 _NOT_SUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
@@ -76,6 +76,14 @@ def commit(path: Path) -> None:
 def discard(path: Path) -> None:
     """Give up a save: what is at ``path`` stays."""
     _remove(saving_path(path))
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint: its name first, so that a killed process leaves no half of a folder under it."""
+    discard(path)
+    with suppress(FileNotFoundError):
+        os.rename(path, saving_path(path))
+    discard(path)
 
 
 def recover(path: Path) -> None:

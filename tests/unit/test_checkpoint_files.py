@@ -142,6 +142,19 @@ def test_half_a_replacement_is_undone(tmp_path, monkeypatch):
     assert text_of(path) == "old"
 
 
+@pytest.mark.parametrize("folder", [True, False], ids=["folder", "file"])
+def test_a_checkpoint_loses_its_name_before_its_contents(tmp_path, monkeypatch, folder):
+    path = tmp_path / "last.ckpt"
+    fill(path, folder, "old")
+    names = []
+    original = atomic._remove
+    monkeypatch.setattr(atomic, "_remove", lambda removed: (names.append(path.exists()), original(removed)))
+    atomic.remove(path)
+    assert names[-1] is False
+    assert not os.listdir(tmp_path)
+    atomic.remove(path)
+
+
 def test_every_flipped_bit_is_found_or_harmless(tmp_path):
     path = tmp_path / "last.ckpt"
     save_file(CHECKPOINT, path)

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata
 
 import lightning_muon as lm
@@ -68,6 +69,19 @@ def test_a_part_can_be_loaded(saved):
     target = {"state_dict": {"half": torch.zeros(7, dtype=torch.bfloat16)}}
     load_folder(saved, target)
     assert target["state_dict"]["half"].eq(1).all()
+
+
+def test_what_lightnings_strategies_write_can_be_read_unverified(tmp_path):
+    path = tmp_path / "theirs"
+    groups = {"param_groups": [{"lr": 0.1}]}
+    dcp.save({**state(1), "optimizer_0": {**state(1)["optimizer_0"], **groups}}, checkpoint_id=path, no_dist=True)
+    torch.save(META, path / "meta.pt")
+    refused(path, r"has no manifest\.json: it was not completed, or not saved by lightning_muon")
+    target = state()
+    assert_meta(load_folder(path, target, verify=False))
+    assert_state(target, state(1))
+    with pytest.raises(CheckpointError, match=r"pickled and not tensors: optimizer_0\.param_groups.*consolidate"):
+        load_whole(path, verify=False)
 
 
 def test_lightnings_tool_makes_one_file_of_it(saved, tmp_path):
