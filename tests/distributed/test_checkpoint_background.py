@@ -5,11 +5,15 @@ import threading
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from lightning_muon.checkpoint import folders
 from lightning_muon.checkpoint.background import BackgroundSaver
-from lightning_muon.checkpoint.folders import load_whole
+from lightning_muon.checkpoint.check import check_weights
+from lightning_muon.checkpoint.folders import load_folder, load_whole, read_shapes
 from tests.distributed.test_checkpoint_folders import assert_whole, sharded_state
+from tests.models import awkward_model
 from tests.processes import run_processes
 
 
@@ -138,3 +142,32 @@ def test_an_error_nobody_has_waited_for_is_raised_by_the_next_save(tmp_path):
     saver.save(tmp_path / "last.ckpt", {"weight": torch.ones(3)}, {})
     saver.close()
     assert load_whole(tmp_path / "last.ckpt")[0]["weight"].eq(1).all()
+
+
+def shard_fully(path):
+    model = awkward_model(seed=2)
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for child in model.children():
+        fully_shard(child, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    saver = BackgroundSaver()
+    saver.save(path, {"state_dict": model.state_dict()}, {})
+    with torch.no_grad():
+        for param in model.parameters():
+            param.zero_()
+    saver.close()
+    if dist.get_rank() == 0:
+        saved = load_whole(path)[0]["state_dict"]
+        assert saved.keys() == expected.keys()
+        assert all(torch.equal(saved[name], value) for name, value in expected.items())
+    state = {"state_dict": model.state_dict()}
+    check_weights(read_shapes(path)["state_dict"], model)
+    load_folder(path, state)
+    model.load_state_dict(state["state_dict"])
+    for name, param in model.named_parameters():
+        assert torch.equal(param.full_tensor(), expected[name])
+
+
+def test_a_model_that_is_fully_sharded(tmp_path):
+    run_processes(3, shard_fully, tmp_path / "last.ckpt")
