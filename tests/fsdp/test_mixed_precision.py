@@ -208,6 +208,60 @@ def test_modules_in_full_precision():
         assert difference(grads, expected) <= 1e-6
 
 
+class OddBlock(nn.Module):
+    """Calls its norms as the name says."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.first, self.second, self.up, self.down = nn.LayerNorm(8), nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = x + self.up(self.first(x))
+        if self.kind != "one unused":
+            x = x + self.down(self.second(x))
+        return x + self.up(self.first(x)) if self.kind == "one twice" else x
+
+
+class OddModel(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.embed, self.layers = kind, nn.Embedding(9, 8), nn.ModuleList([OddBlock(kind), OddBlock(kind)])
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for layer in [*self.layers] * (2 if self.kind == "blocks twice" else 1):
+            x = layer(x)
+        return x.float().square().mean()
+
+
+def odd_gradients(kind, sharded, checkpointed, can_be_partial=True):
+    model = OddModel(kind)
+    if sharded:
+        blocks = find_blocks(model)
+        options = {"precision": unit_precision("bf16-mixed"), "checkpointed": blocks.values() if checkpointed else ()}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("lightning_muon.sharding.shard_module._groups_can_be_partial", can_be_partial)
+            shard_module(model, init_device_mesh("cpu", (2,)), blocks=blocks, **options)
+    for step in range(2):
+        tokens = torch.arange(6).view(2, 3) + step
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(tokens) + (model(tokens + 1) if kind == "two forwards" else 0)
+        loss.backward()
+    return {name: whole(param.grad) for name, param in model.named_parameters() if param.grad is not None}
+
+
+@pytest.mark.parametrize("can_be_partial", [True, False])
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("kind", ["one unused", "one twice", "blocks twice", "two forwards"])
+def test_norms_that_run_oddly(kind, checkpointed, can_be_partial):
+    expected = odd_gradients(kind, False, False)
+    for grads in run_processes(2, odd_gradients, kind, True, checkpointed, can_be_partial):
+        assert grads.keys() == expected.keys()
+        assert difference(grads, expected) <= 1e-6
+
+
 def test_policies():
     nothing = UnitPrecision(MixedPrecisionPolicy(), MixedPrecisionPolicy())
     for precision in ("32-true", "64-true", "bf16-true", "16-true"):

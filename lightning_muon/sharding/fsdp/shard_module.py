@@ -20,6 +20,9 @@ from lightning_muon.sharding.fsdp.shardable import require_shardable, unit_tenso
 
 __all__ = ["drop_gathered", "is_sharded", "require_sharded", "shard_module"]
 
+# Until torch 2.13, a group of modules fails where one of them does not run, or runs again (pytorch/pytorch#180426).
+_groups_can_be_partial = hasattr(FSDPModule, "reset_iter_state")
+
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether somebody has called ``fully_shard`` on the module or on one inside."""
@@ -92,13 +95,14 @@ def shard_module(
         if id(part) in names:
             complete(part)
             if precision.autocast is not None and (full := _full_modules(part, precision.full)):
-                fully_shard(full, mp_policy=precision.rest, **options)
+                for together in [full] if _groups_can_be_partial else full:
+                    fully_shard(together, mp_policy=precision.rest, **options)
             fully_shard(part, mp_policy=precision.blocks, **options)
 
     visit(module)
     complete(module)
-    if blocks or reshard_after_forward is False:
-        options["reshard_after_forward"] = None if reshard_after_forward is not False else False
+    if blocks and reshard_after_forward is not False:
+        options["reshard_after_forward"] = None
     fully_shard(module, mp_policy=precision.rest, **options)
     require_sharded(module, strategy)
 
