@@ -108,14 +108,15 @@ def unpack_(state: dict[str, Any], saved: Mapping[str, Any], take: Callable[[Ten
     Args:
         state: The state of a parameter.
         saved: The same, whole.
-        take: Gives this process's elements, flat, of something of the parameter's shape.
+        take: Gives this process's elements, flat, of something whole of the parameter's shape.
     """
     for key, value in saved.items():
         if key == "step":
             if "step" in state:
                 state["step"] = float(value)
         elif key in state:
-            local(state[key]).view(-1).copy_(take(value))
+            own = local(value).reshape(-1) if hasattr(value, "to_local") else take(value)
+            local(state[key]).view(-1).copy_(own)
 
 
 def _some(names: Sequence[str]) -> str:

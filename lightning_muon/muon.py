@@ -404,11 +404,14 @@ class Muon(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The canonical state: what a single process would have saved, with ``param_names`` in every group.
 
+        Where the parameters are ``DTensor`` s its entries are, too, as in torch's optimizers, unless
+        ``consolidate_state_dict`` was called; ``torch.distributed.checkpoint`` saves them.
+
         Raises:
             RuntimeError: Other processes hold a part of it and ``consolidate_state_dict`` was not called.
         """
         self._create_state()
-        if self._partition.is_sharded and not self._consolidated:
+        if self._partition.needs_consolidation and not self._consolidated:
             raise RuntimeError(
                 "The optimizer's state is spread over several processes. Call consolidate_state_dict() on every one"
                 " of them first, then state_dict() on process 0; fabric.save and the Trainer do this by themselves."
@@ -417,19 +420,16 @@ class Muon(Optimizer):
         return {**state, CONSTRUCTION: describe(self._constructed, self.routes)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a canonical state; a process takes what it owns. Parameters are matched by name.
+        """Load a canonical state, whole or of ``DTensor`` s like the parameters; a process takes what it owns.
+
+        Parameters are matched by name.
 
         Raises:
             ValueError: The state is of another model, of other routes, or of other hyper-parameters or matrices and
                 ``hyperparameters_on_load`` does not allow them. Nothing has been changed.
         """
         self._create_state()
-        groups, by_name = canonical_state.match(state_dict, self.param_groups)
-        kept, constructed = settle(
-            state_dict, self.param_groups, self._constructed, self.routes, self.hyperparameters_on_load
-        )
-        for group, options in zip(groups, kept, strict=True):
-            group.update(options)
+        groups, by_name, constructed = self._match(state_dict)
         super().load_state_dict({"state": {}, "param_groups": groups})
         self.state.clear()
         self._create_state()
@@ -437,6 +437,38 @@ class Muon(Optimizer):
             canonical_state.unpack_(self.state[param], by_name[name], partial(self._partition.take, name))
         self._consolidated.clear()
         self._constructed[:] = constructed
+
+    def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Raise what ``load_state_dict`` would raise, and change nothing.
+
+        Args:
+            state_dict: A canonical state; tensors without values (on the device ``meta``) will do.
+        """
+        self._match(state_dict)
+
+    def _match(
+        self, state_dict: Mapping[str, Any]
+    ) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]], list[dict[str, Any]]]:
+        """Groups to go on with, entries by parameter name, and what the groups count as constructed with."""
+        groups, by_name = canonical_state.match(state_dict, self.param_groups)
+        kept, constructed = settle(
+            state_dict, self.param_groups, self._constructed, self.routes, self.hyperparameters_on_load
+        )
+        for group, options in zip(groups, kept, strict=True):
+            group.update(options)
+        return groups, by_name, constructed
+
+    def replace_parameters(self, new: Mapping[nn.Parameter, nn.Parameter]) -> None:
+        """Train other parameters in the place of some: the shards that a strategy has made of them.
+
+        Raises:
+            RuntimeError: There is state already.
+        """
+        if not all(is_empty(state) for state in self.state.values()):
+            raise RuntimeError("This optimizer has stepped, or loaded a state, before the strategy set it up.")
+        self.state.clear()
+        for group in self.param_groups:
+            group["params"] = [new.get(param, param) for param in group["params"]]
 
     def __getstate__(self) -> dict[str, Any]:
         policies = ("nonfinite", "idle_matrices", "master_weights", "hyperparameters_on_load")

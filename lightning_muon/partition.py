@@ -32,6 +32,10 @@ class Partition(Protocol):
     def is_sharded(self) -> bool:
         """Whether other processes hold a part of the state."""
 
+    @property
+    def needs_consolidation(self) -> bool:
+        """Whether the state, as a process has it, does not say how it goes together with the others'."""
+
     def ranges(self, name: str, numel: int) -> Sequence[Range]:
         """The runs of elements that this process updates and keeps the state of, ascending, within the ``numel``
         elements that it holds of a parameter."""
@@ -151,6 +155,7 @@ class Alone(WholeMatrices):
     """One process, or replicas that each do all the work."""
 
     is_sharded = False
+    needs_consolidation = False
     rank = 0
     world_size = 1
 

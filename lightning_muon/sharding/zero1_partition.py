@@ -35,6 +35,7 @@ class Zero1Partition(WholeMatrices):
     """
 
     is_sharded = True
+    needs_consolidation = True
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.optim import Optimizer
 
 from lightning_muon.sharding.at_exit import end_process_group_at_exit
@@ -19,6 +20,8 @@ from lightning_muon.sharding.fsdp.sharding import shard_optimizer
 from lightning_muon.sharding.zero1 import require_muon
 
 __all__ = ["FullySharded"]
+
+_STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 _logger = logging.getLogger(__name__)
 
@@ -67,6 +70,10 @@ class FullySharded:
             more = f" Activations of {len(recomputed)} modules are computed again in backward." if recomputed else ""
             self.tell(describe_blocks(blocks, self.strategy) + more)
         require_sharded(module, self.strategy)
+        for step in _STEPS:
+            # Lightning calls them and not forward
+            if callable(getattr(module, step, None)) and step not in vars(module):
+                register_fsdp_forward_method(module, step)
         if module not in self._missing:
             self._missing[module] = MissingFSDPGradients(self.options.missing_policy)
             self._missing[module].watch(module)

@@ -38,8 +38,8 @@ class FSDPOptions:
         exchange_dtype: What matrices and updates travel as. ``None`` takes bfloat16 where the orthogonalisation runs in
             16 bits, as by default on CUDA, and float32 elsewhere.
         missing_gradients: A parameter got a gradient on some ranks only. ``"zero"`` averages with zeros, as DDP does;
-            ``"skip"`` leaves it alone in this step; ``"raise"`` is an error on every rank. ``None`` is ``"zero"`` with
-            torch 2.13 or later; before, every rank must use the same parameters.
+            ``"skip"`` leaves it alone in this step; ``"raise"`` is an error on every rank, and what ``None`` means with
+            torch 2.13 or later. Before, FSDP2 has no way to find out, and every rank must use the same parameters.
         clip_scope: What clipping by the norm clips: ``"all"`` parameters by their common norm; those of ``"adamw"``
             only, by theirs; or ``"none"``, to have the norms and clip nothing.
 
@@ -73,5 +73,5 @@ class FSDPOptions:
     def missing_policy(self) -> MissingPolicy | None:
         """The policy on missing gradients that holds; ``None`` where torch has no way to have one."""
         if self.missing_gradients is None and hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
-            return "zero"
+            return "raise"
         return self.missing_gradients

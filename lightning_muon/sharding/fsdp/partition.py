@@ -46,6 +46,7 @@ class ShardPartition:
     """
 
     is_sharded = True
+    needs_consolidation = False
     ahead = 1
 
     def __init__(
