@@ -27,8 +27,9 @@ class PendingSave:
         path: The checkpoint.
     """
 
-    def __init__(self, path: Path, future: Future[None]) -> None:
+    def __init__(self, path: Path, executor: ThreadPoolExecutor, future: Future[None]) -> None:
         self.path = path
+        self._executor = executor
         self._future = future
 
     def done(self) -> bool:
@@ -41,7 +42,10 @@ class PendingSave:
         Raises:
             Exception: What ``save_folder`` raises, on every process. What was there before is intact.
         """
-        self._future.result()
+        try:
+            self._future.result()
+        finally:
+            self._executor.shutdown()  # its thread has nothing left to do; leave none behind
 
 
 class BackgroundSaver:
@@ -87,8 +91,8 @@ class BackgroundSaver:
             error = raised
         executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lightning_muon checkpoint")
         future = executor.submit(self._save, path, *staged, error)
-        executor.shutdown(wait=False)
-        self._pending = PendingSave(path, future)
+        executor.shutdown(wait=False)  # the thread ends by itself, too
+        self._pending = PendingSave(path, executor, future)
         return self._pending
 
     def wait(self) -> None:
