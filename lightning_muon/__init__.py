@@ -1,11 +1,13 @@
-"""The Muon optimizer for PyTorch Lightning and Fabric. Importing it registers the strategies ``"muon_zero1"``."""
+"""The Muon optimizer for PyTorch Lightning and Fabric. Importing it registers its strategies' names."""
 
 from lightning_muon._register import register as _register
+from lightning_muon.checkpoint.errors import CheckpointError
 from lightning_muon.checkpoint.takeover import take_over
+from lightning_muon.fabric.checkpoint_io import MuonCheckpointIO
 from lightning_muon.fabric.log import log_optimizer
 from lightning_muon.muon import Muon
 from lightning_muon.orthogonalize import orthogonalize
-from lightning_muon.pytorch import MuonZero1Strategy
+from lightning_muon.pytorch import MuonFSDPStrategy, MuonZero1Strategy
 from lightning_muon.pytorch.callbacks import SpectrumMonitor, UpdateRMSMonitor, WeightNormMonitor
 from lightning_muon.routing import Rule, mark
 from lightning_muon.sharding.clipping import grad_norm
@@ -13,7 +15,10 @@ from lightning_muon.sharding.clipping import grad_norm
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "CheckpointError",
     "Muon",
+    "MuonCheckpointIO",
+    "MuonFSDPStrategy",
     "MuonZero1Strategy",
     "Rule",
     "SpectrumMonitor",

@@ -7,16 +7,16 @@ from typing import Any, NoReturn
 from lightning.fabric.strategies import STRATEGY_REGISTRY
 from lightning.pytorch.strategies import StrategyRegistry
 
-from lightning_muon.fabric.zero1 import MuonZero1Strategy as FabricMuonZero1Strategy
-from lightning_muon.pytorch.zero1 import MuonZero1Strategy
+from lightning_muon import fabric, pytorch
 
-_NAMES = ("muon_zero1", "muon_zero1_spawn", "muon_zero1_notebook", "muon_zero1_find_unused_parameters_true")
+_ZERO1 = ("muon_zero1", "muon_zero1_spawn", "muon_zero1_notebook", "muon_zero1_find_unused_parameters_true")
 
 
 def register() -> None:
     """Register the strategies; doing it twice changes nothing."""
-    MuonZero1Strategy.register_strategies(StrategyRegistry)
-    FabricMuonZero1Strategy.register_strategies(STRATEGY_REGISTRY)
+    for tree, registry in ((pytorch, StrategyRegistry), (fabric, STRATEGY_REGISTRY)):
+        tree.MuonZero1Strategy.register_strategies(registry)
+        tree.MuonFSDPStrategy.register_strategies(registry)
     _explain_the_other_package()
 
 
@@ -27,7 +27,7 @@ def _explain_the_other_package() -> None:
         from pytorch_lightning.strategies import StrategyRegistry as OtherRegistry
     except ImportError:
         return
-    for name in _NAMES:
+    for name in (*_ZERO1, "muon_fsdp"):
         OtherRegistry.register(name, _refuse, description="for lightning.pytorch.Trainer only", override=True)
 
 

@@ -6,10 +6,12 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import ClusterEnvironment
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
 import lightning_muon as lm
+from tests.fsdp.layouts import copies_agree
 from tests.models import awkward_model, token_batches
 
 GLOBAL_BATCH = 12
@@ -126,14 +128,20 @@ def trainer(max_steps=20, strategy="muon_zero1", **options):
 
 
 def weights(module):
-    """Weights by name, as float32 copies."""
-    return {name: param.detach().float().clone() for name, param in module.named_parameters()}
+    """Weights by name, whole, as float32 copies."""
+    return {name: _whole(param).float().clone() for name, param in module.named_parameters()}
+
+
+def _whole(param):
+    return param.full_tensor().detach() if isinstance(param, DTensor) else param.detach()
 
 
 def replica_difference(module):
-    """The largest difference of any weight to rank 0's; called by all ranks."""
+    """The largest difference of any weight to rank 0's; called by all ranks. Of shards, what there are copies of."""
     if not dist.is_initialized():
         return 0.0
+    if any(isinstance(param, DTensor) for param in module.parameters()):
+        return 0.0 if all(copies_agree(param) for param in module.parameters()) else float("inf")
     flat = torch.cat([param.detach().float().reshape(-1) for param in module.parameters()])
     first = flat.clone()
     dist.broadcast(first, 0)
@@ -151,6 +159,17 @@ def fit(max_steps=20, save_to=None, resume_from=None, module_options=None, **tra
     return weights(module), module.norms, run.optimizers[0].local_state_bytes()
 
 
+class Loss(torch.nn.Module):
+    """What strategies wrap has a forward."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens):
+        return self.model.loss(tokens)
+
+
 def fabric_fit(
     max_steps=20, save_to=None, resume_from=None, accumulate=1, max_norm=None, module_options=None, **fabric_options
 ):
@@ -159,8 +178,7 @@ def fabric_fit(
     fabric = L.Fabric(**{**options, "plugins": [PoolEnvironment()], **fabric_options})
     fabric.launch()
     options = {"lr": 1e-2, "adamw_lr": 5e-3, "orthogonalization_dtype": torch.float32, **(module_options or {})}
-    bare = torch.nn.ModuleDict({"model": awkward_model()})
-    bare.forward = lambda tokens: bare["model"].loss(tokens)
+    bare = Loss(awkward_model())
     module, optimizer = fabric.setup(bare, lm.Muon(bare, **options))
     first, norms = 0, []
     if resume_from is not None:

@@ -32,7 +32,7 @@ from lightning_muon.checkpoint.metadata import METADATA, SafeReader, read_metada
 from lightning_muon.checkpoint.tensors import check_tensors, flatten, nest
 from lightning_muon.checkpoint.together import Processes
 
-__all__ = ["META", "is_sharded", "load_folder", "load_whole", "read_shapes", "save_folder"]
+__all__ = ["META", "is_sharded", "load_folder", "load_whole", "read_meta", "read_shapes", "save_folder"]
 
 META = "meta.pt"
 
@@ -173,6 +173,12 @@ def read_shapes(path: str | Path) -> dict[str, Any]:
             for key, entry in _tensors(path, metadata).items()
         }
     )
+
+
+def read_meta(path: str | Path, *, weights_only: bool = True) -> dict[str, Any]:
+    """``meta`` of a sharded checkpoint, read for itself and not compared with the manifest."""
+    meta: dict[str, Any] = load_file(Path(path) / META, weights_only=weights_only)
+    return meta
 
 
 def _open(path: Path, rank: int, world_size: int, verify: bool, weights_only: bool) -> tuple[Metadata, dict[str, Any]]:

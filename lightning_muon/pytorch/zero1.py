@@ -6,19 +6,19 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities import rank_zero_info
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_muon.fabric.checkpoint_io import MuonCheckpointIO
 from lightning_muon.muon import Muon
-from lightning_muon.sharding.clipping import ClipScope, clip_grad_norm_
+from lightning_muon.pytorch.clipping import clip_by_the_whole_norm, restore_clipping
+from lightning_muon.sharding.clipping import ClipScope
 from lightning_muon.sharding.missing import MissingPolicy
 from lightning_muon.sharding.precision import share_overflows
-from lightning_muon.sharding.zero1 import Zero1, Zero1Options, require_muon
+from lightning_muon.sharding.zero1 import Zero1, Zero1Options
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -64,15 +64,14 @@ class MuonZero1Strategy(DDPStrategy):
                     " communication hook, so there is no room for another. Leave the argument out."
                 )
         self._options = Zero1Options(overlap, gather_mb, missing_gradients, clip_scope)
-        super().__init__(**self._options.ddp_options(kwargs))
+        super().__init__(**{"checkpoint_io": MuonCheckpointIO(), **self._options.ddp_options(kwargs)})
         self._zero1: Zero1 | None = None
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
             share_overflows(self.precision_plugin, type(self).__name__)
-        # The Trainer clips through the precision plugin, whatever its class; only its norm has to be another.
-        self.precision_plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
+        clip_by_the_whole_norm(self.precision_plugin, type(self).__name__, self._options.clip_scope)
         super().setup(trainer)
 
     @override
@@ -121,13 +120,9 @@ class MuonZero1Strategy(DDPStrategy):
         if self._zero1 is not None:
             self._zero1.after_backward()
 
-    def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
-        bare = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        clip_grad_norm_(require_muon(bare, type(self).__name__), clip_val, scope=self._options.clip_scope)
-
     @override
     def teardown(self) -> None:
-        self.precision_plugin.__dict__.pop("clip_grad_by_norm", None)
+        restore_clipping(self.precision_plugin)
         super().teardown()
 
     def __repr__(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -15,7 +15,7 @@ from lightning_muon.sharding.fsdp.blocks import describe_blocks, find_blocks
 from lightning_muon.sharding.fsdp.missing import MissingFSDPGradients
 from lightning_muon.sharding.fsdp.mixed_precision import unit_precision
 from lightning_muon.sharding.fsdp.options import FSDPOptions
-from lightning_muon.sharding.fsdp.shard_module import is_sharded, require_sharded, shard_module
+from lightning_muon.sharding.fsdp.shard_module import drop_gathered, is_sharded, require_sharded, shard_module
 from lightning_muon.sharding.fsdp.sharding import shard_optimizer
 from lightning_muon.sharding.zero1 import require_muon
 
@@ -69,6 +69,7 @@ class FullySharded:
             )
             more = f" Activations of {len(recomputed)} modules are computed again in backward." if recomputed else ""
             self.tell(describe_blocks(blocks, self.strategy) + more)
+        drop_gathered(module)  # an evaluation may have left weights gathered
         require_sharded(module, self.strategy)
         for step in _STEPS:
             # Lightning calls them and not forward
@@ -77,6 +78,11 @@ class FullySharded:
         if module not in self._missing:
             self._missing[module] = MissingFSDPGradients(self.options.missing_policy)
             self._missing[module].watch(module)
+
+    @property
+    def modules(self) -> Collection[nn.Module]:
+        """What has been sharded."""
+        return self._missing.keys()
 
     def adopt(self, module: nn.Module, optimizers: Iterable[Optimizer]) -> None:
         """Check the optimizers of a sharded module, and plan what travels.
