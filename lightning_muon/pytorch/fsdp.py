@@ -262,8 +262,8 @@ class MuonFSDPStrategy(ModelParallelStrategy):
 
     @property
     def _saved(self) -> ShardedCheckpoints:
-        assert self._checkpoints is not None
-        return self._checkpoints
+        # after training nobody would wait for a save in the background
+        return self._checkpoints or ShardedCheckpoints()
 
     def _muon(self, optimizer: Optimizer) -> Muon:
         bare = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
