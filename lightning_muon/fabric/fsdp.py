@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_muon.checkpoint.canonical import load_canonical
+from lightning_muon.checkpoint.check import check_weights
 from lightning_muon.fabric.checkpoint_io import MuonCheckpointIO
 from lightning_muon.muon import Muon
 from lightning_muon.sharding.clipping import ClipScope, clip_grad_norm_
@@ -251,8 +252,10 @@ class MuonFSDPStrategy(ModelParallelStrategy):
         else:
             found = self._io.load_checkpoint(path, weights_only=weights_only)
             _require(found, [*modules, *optimizers], path)
+            for key, module in modules.items():  # all of it before anything is changed
+                check_weights(found[key], module, strict=strict, source=str(path))
             for key, muon in optimizers.items():
-                muon.check_state_dict(found[key])  # before anything is changed
+                muon.check_state_dict(found[key])
             for key, module in modules.items():
                 load_whole_weights(module, found.pop(key), strict, str(path))
             for key, muon in optimizers.items():

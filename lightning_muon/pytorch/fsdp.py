@@ -21,6 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_muon.checkpoint.check import check_weights
 from lightning_muon.fabric.checkpoint_io import MuonCheckpointIO
 from lightning_muon.muon import Muon
 from lightning_muon.pytorch.clipping import clip_by_the_whole_norm, restore_clipping
@@ -245,6 +246,7 @@ class MuonFSDPStrategy(ModelParallelStrategy):
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         if not self._is_loaded:
+            check_weights(checkpoint["state_dict"], self._module, strict=strict)
             states = checkpoint.get("optimizer_states", [])
             for optimizer, state in zip(self.optimizers, states, strict=False):
                 self._muon(optimizer).check_state_dict(state)  # before anything is changed
