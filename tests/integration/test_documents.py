@@ -20,7 +20,11 @@ DOCUMENTS = [
     ROOT / "CONTRIBUTING.md",
     ROOT / "examples" / "moe_lm" / "README.md",
 ]
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+BLOCKS = [
+    block
+    for document in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for block in re.findall(r"```python\n(.*?)```", document.read_text(), flags=re.DOTALL)
+]
 CONSOLE_BLOCKS = [
     block
     for document in DOCUMENTS
