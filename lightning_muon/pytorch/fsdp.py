@@ -143,6 +143,7 @@ class MuonFSDPStrategy(ModelParallelStrategy):
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         name = type(self).__name__
+        _require_no_copies(trainer, name)
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
             share_overflows(self.precision_plugin, name)
@@ -288,3 +289,13 @@ class MuonFSDPStrategy(ModelParallelStrategy):
             description="Muon on FSDP2: weights, gradients and state in shards",
             override=True,
         )
+
+
+def _require_no_copies(trainer: pl.Trainer, strategy: str) -> None:
+    """Averages of weights are taken on a copy of the module, which is made before it is sharded, or cannot be made."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if {kind.__name__ for kind in type(callback).__mro__} & {"WeightAveraging", "StochasticWeightAveraging"}:
+            raise TypeError(
+                f"{strategy} does not support {type(callback).__name__}: it averages on a copy of the module, and a"
+                " sharded module cannot be copied. Use muon_zero1, or leave the callback out."
+            )

@@ -4,6 +4,7 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -217,6 +218,11 @@ def a_wrong_mesh():
         trainer(1, strategy=lm.MuonFSDPStrategy(num_replicas=2)).fit(AwkwardLightningModule())
 
 
+def moving_average():
+    with pytest.raises(TypeError, match="EMAWeightAveraging"):
+        trainer(1, strategy="muon_fsdp", callbacks=[EMAWeightAveraging()]).fit(AwkwardLightningModule())
+
+
 def another_optimizer():
     module = AwkwardLightningModule(optimizer=torch.optim.AdamW)
     with pytest.raises(TypeError, match=r"MuonFSDPStrategy needs lightning_muon\.Muon"):
@@ -235,7 +241,7 @@ def an_optimizer_of_nobody():
         fabric.setup_optimizers(optimizer)
 
 
-@pytest.mark.parametrize("check", [forgets_a_part, another_optimizer, an_optimizer_of_nobody])
+@pytest.mark.parametrize("check", [forgets_a_part, moving_average, another_optimizer, an_optimizer_of_nobody])
 def test_errors(check):
     run_processes(2, check)
 
