@@ -187,9 +187,9 @@ class Pair(L.LightningModule):
         return torch.utils.data.DataLoader(range(len(self.batches)), batch_size=None)
 
 
-def fit_tensor_parallel(save_to=None, resume_from=None):
+def fit_tensor_parallel(steps=10, save_to=None, resume_from=None, folder=False):
     module = Pair()
-    run = trainer(10, strategy=lm.MuonFSDPStrategy(tensor_parallel_size=2))
+    run = trainer(steps, strategy=lm.MuonFSDPStrategy(tensor_parallel_size=2, save_distributed_checkpoint=folder))
     run.fit(module, ckpt_path=resume_from)
     if save_to:
         run.save_checkpoint(save_to)
@@ -218,6 +218,55 @@ def a_wrong_mesh():
         trainer(1, strategy=lm.MuonFSDPStrategy(num_replicas=2)).fit(AwkwardLightningModule())
 
 
+@pytest.mark.parametrize("folder", [False, True])
+def test_checkpoints_of_tensor_parallelism(tmp_path, folder):
+    expected = reference_pair()
+    path = str(tmp_path / "tensor.ckpt")
+    run_processes(4, fit_tensor_parallel, 5, path, None, folder)
+    for found in run_processes(2, fit_tensor_parallel, 10, None, path):
+        assert_close(found, expected)
+
+
+class OnMeta(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Sequential(nn.Linear(6, 7), nn.Tanh()), nn.Sequential(nn.Linear(7, 6), nn.Tanh())
+        )
+        self.head = nn.Linear(6, 3)
+
+    def training_step(self, batch, batch_idx):
+        return self.head(self.layers(batch)).square().mean()
+
+    def configure_optimizers(self):
+        return lm.Muon(self, lr=1e-2)
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(torch.randn(4, 2, 6), batch_size=None)
+
+
+def from_the_meta_device(module_class):
+    run = trainer(2, strategy="muon_fsdp")
+    with run.init_module(empty_init=True):
+        module = module_class()
+    assert all(param.is_meta for param in module.parameters())
+    run.fit(module)
+    return weights(module)
+
+
+def test_modules_on_the_meta_device_get_their_values():
+    first, second = run_processes(2, from_the_meta_device, OnMeta)
+    for name, weight in first.items():
+        assert torch.equal(weight, second[name])
+        assert weight.isfinite().all()
+        assert weight.abs().max() > 0
+
+
+def a_parameter_that_nobody_can_initialise():
+    with pytest.raises(TypeError, match="reset_parameters"):
+        from_the_meta_device(AwkwardLightningModule)
+
+
 def moving_average():
     with pytest.raises(TypeError, match="EMAWeightAveraging"):
         trainer(1, strategy="muon_fsdp", callbacks=[EMAWeightAveraging()]).fit(AwkwardLightningModule())
@@ -241,7 +290,10 @@ def an_optimizer_of_nobody():
         fabric.setup_optimizers(optimizer)
 
 
-@pytest.mark.parametrize("check", [forgets_a_part, moving_average, another_optimizer, an_optimizer_of_nobody])
+@pytest.mark.parametrize(
+    "check",
+    [forgets_a_part, a_parameter_that_nobody_can_initialise, moving_average, another_optimizer, an_optimizer_of_nobody],
+)
 def test_errors(check):
     run_processes(2, check)
 
