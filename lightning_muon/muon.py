@@ -351,8 +351,10 @@ class Muon(Optimizer):
         return self._update_records
 
     def explain(self) -> str:
-        """A table as text: every parameter, its shape, route, matrices, scale, and the rule that decided."""
-        return explain(self.param_groups, self.routes)
+        """A table as text: every parameter, its shape, route, matrices, scale, and the rule that decided; and how the
+        work is shared out, where a strategy has done that."""
+        shared_out = self._partition.describe()
+        return explain(self.param_groups, self.routes) + (f"\n{shared_out}" if shared_out else "")
 
     # ------------------------------------------------------------------ state
 

@@ -74,6 +74,9 @@ class Partition(Protocol):
     def check_gradients(self) -> None:
         """Settle which gradients take part in the step, and raise if they are not yet where they belong."""
 
+    def describe(self) -> str:
+        """How the work is shared out, in a line; empty if it is not."""
+
     @property
     def rank(self) -> int:
         """Number of this process among those that share the work."""
@@ -158,6 +161,10 @@ class Alone(WholeMatrices):
     needs_consolidation = False
     rank = 0
     world_size = 1
+
+    def describe(self) -> str:
+        """It is not."""
+        return ""
 
     def check_gradients(self) -> None:
         """They are where they were computed."""

@@ -145,11 +145,7 @@ class Zero1:
             partition = Zero1Partition(optimizer, self.reducer, self.missing, self._overlap, gather_bytes, self.tell)
             optimizer.shard(partition)
             self._optimizers.append(optimizer)
-            when = "during the next forward" if partition.overlaps else "within the step"
-            self.tell(
-                f"{self.strategy}: {partition.plan.describe()}. New weights arrive {when}. optimizer.explain() shows"
-                " each parameter."
-            )
+            self.tell(f"{partition.describe()} optimizer.explain() shows each parameter.")
 
     def _synchronize_for_evaluation(self, module: nn.Module, _inputs: Any) -> None:
         """Modules have fast ways in evaluation that look at the classes of their parameters."""

@@ -78,10 +78,10 @@ class Zero1Partition(WholeMatrices):
                 " Build the model, the optimizer and the strategy in the same way on every rank."
             )
 
-    @property
-    def overlaps(self) -> bool:
-        """Whether weights may still be on their way when a step is over."""
-        return self._publisher.overlap
+    def describe(self) -> str:
+        """The plan, and when weights arrive."""
+        when = "during the next forward" if self._publisher.overlap else "within the step"
+        return f"muon_zero1: {self.plan.describe()}. New weights arrive {when}."
 
     def ranges(self, name: str, numel: int) -> Sequence[Range]:
         """The elements this rank owns."""

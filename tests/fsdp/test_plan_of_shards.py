@@ -182,6 +182,8 @@ def bytes_of_a_step(layout, dtype):
     with _Counted() as counted:
         optimizer.step()
     partition = optimizer.partition
+    shown = optimizer.explain().splitlines()[-1]
+    assert shown.startswith("muon_fsdp: 14 parameters in 1 units, sharded over"), shown
     planned = partition.plan.sent(partition.rank, partition.world_size)
     shard = sum(p.to_local().numel() for n, p in model.named_parameters() if n != "vector")
     return counted.sent, counted.calls, planned, shard, len(partition.plan.transfers)

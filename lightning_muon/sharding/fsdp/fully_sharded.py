@@ -97,5 +97,5 @@ class FullySharded:
                 exchange_mb=self.options.exchange_mb,
                 exchange_dtype=self.options.exchange_dtype,
                 missing=self._missing[module],
-                tell=lambda text: self.tell(f"{self.strategy}: {text}"),
+                tell=self.tell,
             )

@@ -7,6 +7,7 @@ from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from lightning_muon.exchange import Exchange
 from lightning_muon.local import local
@@ -97,10 +98,11 @@ class ShardPartition:
         mean = sum(flops) / self.world_size
         sent = sum((routes.to_owners.sent + routes.back.sent) * routes.sent_as.itemsize for routes in self._stages)
         kinds = ", ".join(sorted({str(routes.sent_as).removeprefix("torch.") for routes in self._stages}))
+        units = sum(isinstance(part, FSDPModule) for part in self.module.modules())
         return (
-            f"{len(self._params)} parameters in shards, number of processes {self.world_size}; this one sends"
-            f" {sent / 2**20:.2f} MiB in a step, as {kinds}, in {len(self._stages)} stages; orthogonalisation"
-            + (f" work largest / mean {max(flops) / mean:.2f}" if mean else ": nothing")
+            f"muon_fsdp: {len(self._params)} parameters in {units} units, sharded over {self.world_size} processes;"
+            f" this one sends {sent / 2**20:.2f} MiB to owners and back in a step, as {kinds}, in {len(self._stages)}"
+            " stages; orthogonalisation" + (f" work largest / mean {max(flops) / mean:.2f}." if mean else ": nothing.")
         )
 
     def ranges(self, name: str, numel: int) -> Sequence[Range]:

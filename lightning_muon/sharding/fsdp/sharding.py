@@ -49,4 +49,4 @@ def shard_optimizer(
     missing = missing or MissingFSDPGradients(None, group)
     partition = ShardPartition(optimizer, module, missing, int(exchange_mb * 2**20), exchange_dtype, group)
     optimizer.shard(partition)
-    tell(f"{partition.describe()}. optimizer.explain() shows each parameter.")
+    tell(f"{partition.describe()} optimizer.explain() shows each parameter.")
