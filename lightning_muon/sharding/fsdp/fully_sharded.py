@@ -15,6 +15,7 @@ from lightning_muon.sharding.fsdp.blocks import describe_blocks, find_blocks
 from lightning_muon.sharding.fsdp.missing import MissingFSDPGradients
 from lightning_muon.sharding.fsdp.mixed_precision import unit_precision
 from lightning_muon.sharding.fsdp.options import FSDPOptions
+from lightning_muon.sharding.fsdp.reduce_scatter import reduce_scatter_pairwise
 from lightning_muon.sharding.fsdp.shard_module import drop_gathered, is_sharded, require_sharded, shard_module
 from lightning_muon.sharding.fsdp.sharding import shard_optimizer
 from lightning_muon.sharding.zero1 import require_muon
@@ -67,6 +68,7 @@ class FullySharded:
                 reshard_after_forward=options.reshard_after_forward,
                 strategy=self.strategy,
             )
+            reduce_scatter_pairwise(module, mesh)
             more = f" Activations of {len(recomputed)} modules are computed again in backward." if recomputed else ""
             self.tell(describe_blocks(blocks, self.strategy) + more)
         drop_gathered(module)  # an evaluation may have left weights gathered
