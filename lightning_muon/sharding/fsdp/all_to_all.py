@@ -12,6 +12,10 @@ from lightning_muon.sharding import collectives
 
 __all__ = ["AllToAll"]
 
+# gloo sends a message to its end before it reads, so that two ranks take turns with messages above what a socket
+# buffers, 4 MiB on Linux. Half of that is as fast as anything smaller, in fewer calls.
+_GLOO_MESSAGE_BYTES = 1 << 21
+
 
 class AllToAll:
     """One message to each rank, and one from each, on their way.
@@ -30,7 +34,7 @@ class AllToAll:
         like = messages[0]
         limit = max(1, largest)
         if collectives.is_gloo(like, group):
-            limit = max(1, collectives.MESSAGE_BYTES // like.element_size())
+            limit = max(1, _GLOO_MESSAGE_BYTES // like.element_size())
         self._received = [[like.new_empty(0)] for _ in sizes]
         self._sent: list[Tensor] = []  # alive until they have gone
         self._works = []
