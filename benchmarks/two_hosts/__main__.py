@@ -1,10 +1,12 @@
 """Two and four hosts with a slow link: bytes on the wire and time of a training step, against DDP and against others.
 
-``python -m benchmarks.two_hosts [--json benchmarks/results/two_hosts.json]``, as root on Linux.
+``python -m benchmarks.two_hosts [--sharded] [--json benchmarks/results/two_hosts.json]``, as root on Linux.
 
 The hosts are network namespaces (``benchmarks.hosts``) with one process and one thread each. Every variant has its own
 model of 18 matrices and 9.4 M parameters and takes turns with the others, in blocks of several steps that end when all
-weights have been read. Bytes are those of the hosts' network devices over a whole block, headers included.
+weights have been read. Bytes are those of the hosts' network devices over a whole block, headers included. Where
+weights are sharded (``--sharded``), the optimizer's steps are measured by themselves, too, and their collectives
+counted as torch dispatches them.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.hosts import Hosts, wait_all
+from benchmarks.two_hosts.fsdp import SHARDED
 from benchmarks.two_hosts.peers import PEERS, missing, version
 from benchmarks.two_hosts.rank import Job
 from benchmarks.two_hosts.report import figures, print_run
@@ -71,7 +74,8 @@ def _parse_run(text: str) -> tuple[int, int, int]:
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [*VARIANTS, *PEERS]
+    names = [*VARIANTS, *SHARDED, *PEERS]
+    sharded = [*SHARDED, *(name for name in PEERS if name.startswith("fsdp2_"))]
     parser.add_argument(
         "--runs",
         nargs="+",
@@ -82,7 +86,8 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=5, help="steps of a block")
     parser.add_argument("--rate", default="1gbit", help="of every link, in each direction, as tc writes it")
-    parser.add_argument("--variants", nargs="+", choices=names, default=names)
+    parser.add_argument("--sharded", action="store_true", help="the variants on FSDP2, in place of the others")
+    parser.add_argument("--variants", nargs="+", choices=names, default=None, help="a choice of one's own")
     parser.add_argument(
         "--iteration",
         choices=("float32", "bfloat16", "own"),
@@ -91,6 +96,8 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
+    replicated = [name for name in [*VARIANTS, *PEERS] if name != "fsdp2_dion"]
+    options.variants = options.variants or (sharded if options.sharded else replicated)
     absent = {name: reason for name in options.variants if (reason := missing(name))}
     present = [name for name in options.variants if name not in absent]
     settings = {

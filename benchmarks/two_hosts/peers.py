@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
+from benchmarks.two_hosts.fsdp import cpu_mesh, shard, train_sharded
 from benchmarks.two_hosts.variants import LR, Task, Training, matrices, orthogonalized_by_us, others, train_under_ddp
 
 __all__ = ["PEERS", "missing", "version"]
@@ -56,24 +55,25 @@ def _fsdp2_muon_fsdp2(task: Task) -> Training:
     peer = _import("muon_fsdp2")
     if task.iteration_dtype is not None:
         peer.zeropower_via_newtonschulz5 = orthogonalized_by_us(task.iteration_dtype)
-    module: Any = task.make_model()
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for layer in module.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(module, mesh=mesh)
+    module = shard(task)
     optimizer = peer.Muon(
         [
             {"params": matrices(module), "lr": LR, "use_muon": True},
             {"params": others(module), "lr": LR, "use_muon": False},
         ]
     )
+    return train_sharded(task, module, [optimizer])
 
-    def step() -> None:
-        optimizer.zero_grad()
-        module(task.inputs, task.targets).backward()
-        optimizer.step()
 
-    return Training(step, module, replicated=False)
+def _fsdp2_dion(task: Task) -> Training:
+    """microsoft/dion's Muon on FSDP2: one all-to-all each way for all matrices of one shape, in bfloat16."""
+    options = {}
+    if task.iteration_dtype is not None:
+        options["newton_schulz_func"] = orthogonalized_by_us(task.iteration_dtype)
+    module = shard(task)
+    groups = [{"params": matrices(module)}, {"params": others(module), "algorithm": "adamw"}]
+    optimizer = _import("dion").Muon(groups, distributed_mesh=cpu_mesh(), lr=LR, **options)
+    return train_sharded(task, module, [optimizer])
 
 
 def _deepspeed_zero1(task: Task) -> Training:
@@ -102,6 +102,7 @@ def _deepspeed_zero1(task: Task) -> Training:
 # By variant: the package it needs, and what makes it.
 PEERS: dict[str, tuple[str, Callable[[Task], Training]]] = {
     "ddp_dion": ("dion", _ddp_dion),
+    "fsdp2_dion": ("dion", _fsdp2_dion),
     "fsdp2_muon_fsdp2": ("muon_fsdp2", _fsdp2_muon_fsdp2),
     "deepspeed_zero1": ("deepspeed", _deepspeed_zero1),
 }

@@ -17,9 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import FileStore, PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.tensor.debug import CommDebugMode
 
 import lightning_muon as lm
 from benchmarks.hosts import wire_bytes
+from benchmarks.two_hosts.fsdp import SHARDED
 from benchmarks.two_hosts.model import Transformer, batch
 from benchmarks.two_hosts.peers import PEERS
 from benchmarks.two_hosts.variants import VARIANTS, Task, Training
@@ -27,6 +29,7 @@ from benchmarks.two_hosts.variants import VARIANTS, Task, Training
 __all__ = ["Job"]
 
 _TIMEOUT = timedelta(seconds=300)
+_LEAD_S = 0.03  # how long the ranks may take to read that all are here
 _WARMUP_STEPS = 4  # DDP rebuilds its buckets after the first; peers compile
 
 
@@ -84,15 +87,16 @@ def _prepare(job: Job, meeting: _Meeting) -> tuple[dict[str, Training], dict[str
     """The variants that run, warmed up, and why the others do not; a failure is one only of a peer."""
     dtype = None if job.iteration == "own" else getattr(torch, job.iteration)
     task = Task(lambda: Transformer(job.dim), *batch(job.rank, job.tokens, job.dim), dtype)
+    ours = {**VARIANTS, **SHARDED}
     trainings, left_out = {}, {}
     for name in job.variants:
         error = ""
         try:
-            training = VARIANTS[name](task) if name in VARIANTS else PEERS[name][1](task)
+            training = ours[name](task) if name in ours else PEERS[name][1](task)
             for _ in range(_WARMUP_STEPS):
                 training.step()
         except Exception as failure:
-            if name in VARIANTS:
+            if name in ours:
                 raise
             traceback.print_exc()
             error = f"{type(failure).__name__}: {failure}"
@@ -121,6 +125,39 @@ def _block(training: Training, steps: int, meeting: _Meeting) -> dict[str, Any]:
     return {"seconds": seconds, "sent": sent_by_now - sent, "received": received_by_now - received}
 
 
+def _updates(training: Training, steps: int, meeting: _Meeting) -> dict[str, Any]:
+    """Optimizer steps by themselves, each with gradients of its own: seconds and bytes of this rank, all of them."""
+    assert training.gradients is not None
+    assert training.update is not None
+    total = {"seconds": 0.0, "sent": 0, "received": 0}
+    for _ in range(steps):
+        training.gradients()
+        meeting.exchange()
+        sent, received = wire_bytes()
+        # All clocks of one machine are the same clock: nobody is measured while it waits for who comes late.
+        start = max(map(float, meeting.exchange(repr(time.perf_counter())))) + _LEAD_S
+        time.sleep(max(0.0, start - time.perf_counter()))
+        start = time.perf_counter()
+        training.update()
+        total["seconds"] += time.perf_counter() - start
+        meeting.exchange()
+        sent_by_now, received_by_now = wire_bytes()
+        total["sent"] += sent_by_now - sent
+        total["received"] += received_by_now - received
+    return total
+
+
+def _collectives(training: Training) -> dict[str, int]:
+    """The collectives of one optimizer step by name, as torch dispatches them: DTensor's and everybody else's."""
+    assert training.gradients is not None
+    assert training.update is not None
+    training.gradients()
+    # Compiled code cannot be watched.
+    with torch.compiler.set_stance("force_eager"), CommDebugMode() as counted:  # type: ignore[no-untyped-call]
+        training.update()
+    return {str(op): count for op, count in counted.get_comm_counts().items()}
+
+
 def _orthogonalization_seconds(owned: list[Tensor], dtype: torch.dtype | None, meeting: _Meeting) -> float:
     """Time to orthogonalise these matrices, same shapes batched, while all ranks do theirs; nothing is sent."""
     by_shape: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
@@ -138,16 +175,21 @@ def _orthogonalization_seconds(owned: list[Tensor], dtype: torch.dtype | None, m
 def _measure(job: Job, meeting: _Meeting) -> dict[str, Any]:
     trainings, left_out = _prepare(job, meeting)
     blocks: dict[str, list[dict[str, Any]]] = {name: [] for name in trainings}
+    updates: dict[str, list[dict[str, Any]]] = defaultdict(list)
     dtype = None if job.iteration == "own" else getattr(torch, job.iteration)
     owned = next((training.owned for training in trainings.values() if training.owned), [])
     orthogonalization = []
     for _ in range(job.rounds):
         for name, training in trainings.items():
             blocks[name].append(_block(training, job.steps, meeting))
+            if training.update is not None:
+                updates[name].append(_updates(training, job.steps, meeting))
         orthogonalization.append(_orthogonalization_seconds(owned, dtype, meeting))
     params = list(Transformer(job.dim).parameters())
     return {
         "blocks": blocks,
+        "updates": updates,
+        "collectives": {name: _collectives(trainings[name]) for name in updates},
         "left_out": left_out,
         "orthogonalization_seconds": orthogonalization,
         "owned_matrices": len(owned),

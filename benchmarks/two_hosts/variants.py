@@ -49,12 +49,16 @@ class Training:
         module: Whose ``state_dict()`` are the weights.
         replicated: Whether every rank has all weights, which must then be equal.
         owned: The matrices that this rank orthogonalises, if the variant can tell.
+        gradients, update: The two halves of ``step``, where they can be told apart: all up to averaged gradients, and
+            the optimizer's step.
     """
 
     step: Callable[[], None]
     module: nn.Module
     replicated: bool = True
     owned: list[Tensor] = field(default_factory=list)
+    gradients: Callable[[], None] | None = None
+    update: Callable[[], None] | None = None
 
     def checksum(self) -> float:
         """The sum of all weights that this rank holds: read them, so that none can still be on its way."""
