@@ -99,8 +99,8 @@ def test_gradients_of_fsdp2(shape, world_size, policy, tolerance):
             assert relative_error(mine[name].float(), gradient.float()) <= tolerance, name
 
 
-def calls_of_a_strategy(monkeypatched):
-    """Elements that this rank hands to all-to-alls and to torch's reduce-scatter in one backward."""
+def elements_of_a_strategy():
+    """Elements that this rank hands to all-to-alls in one backward, and of a shard with its padding."""
     module = Network()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     FullySharded("muon_fsdp", FSDPOptions()).shard(module, mesh, "32-true")
@@ -116,12 +116,14 @@ def calls_of_a_strategy(monkeypatched):
         loss.backward()
     finally:
         dist.all_to_all_single = original
-    return sum(sent), sum(-(-param.shape[0] // dist.get_world_size()) * param[0].numel() for param in Network().parameters())
+    return sum(sent), sum(
+        -(-param.shape[0] // dist.get_world_size()) * param[0].numel() for param in Network().parameters()
+    )
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_a_strategy_on_gloo_sends_each_gradient_once(world_size):
-    for sent, padded_shard in run_processes(world_size, calls_of_a_strategy, None):
+    for sent, padded_shard in run_processes(world_size, elements_of_a_strategy):
         assert sent == world_size * padded_shard  # of which one part stays
 
 
