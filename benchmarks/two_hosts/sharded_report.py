@@ -37,7 +37,7 @@ def sharded_limits(rows: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, flo
 
 def _ratio(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
     pairs = zip(one["step_seconds_by_block"], other["step_seconds_by_block"], strict=True)
-    return statistics.median(mine / theirs for mine, theirs in pairs)
+    return float(statistics.median(mine / theirs for mine, theirs in pairs))
 
 
 def print_updates(rows: Mapping[str, Mapping[str, Any]]) -> None:

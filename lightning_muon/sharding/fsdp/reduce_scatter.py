@@ -44,7 +44,8 @@ class PairwiseReduceScatter:
             async_op: Whether to return before the end, which FSDP2 does not ask for.
         """
         if async_op or op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
-            return dist.reduce_scatter_tensor(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+            theirs: dist.Work | None = dist.reduce_scatter_tensor(output_tensor, input_tensor, op, group, async_op)
+            return theirs
         exact = torch.promote_types(input_tensor.dtype, torch.float32)
         parts = input_tensor.view(dist.get_world_size(group), -1)
         limit = max(1, collectives.MESSAGE_BYTES // input_tensor.element_size())
@@ -56,7 +57,7 @@ class PairwiseReduceScatter:
             total = received.sum(dim=0, dtype=exact)
             target.copy_(total.div_(len(parts)) if op == dist.ReduceOp.AVG else total)
 
-        for target, part in zip(output_tensor.split(limit), parts.split(limit, dim=1), strict=True):
+        for target, part in zip(torch.split(output_tensor, limit), torch.split(parts, limit, dim=1), strict=True):
             sent, received = part.contiguous(), torch.empty_like(part, memory_format=torch.contiguous_format)
             work = dist.all_to_all_single(received, sent, group=group, async_op=True)
             travelling.append((target, sent, received, work))
