@@ -69,6 +69,26 @@ def test_bytes_on_the_wire_are_those_of_ddp():
         assert 1.0 <= rows["muon_zero1"][direction] <= 1.03 * rows["ddp_adamw"][direction]
 
 
+def test_bytes_on_the_wire_with_sharded_weights():
+    """In bytes of the parameters, on two hosts: half a gather for forward and half for backward, half a reduction of
+    gradients (a whole one where gloo does it), and half of what a rank holds to owners and back."""
+    variants = ["fsdp2_adamw", "muon_fsdp", "muon_fsdp_bf16", "muon_fsdp_torch_reduce"]
+    ranks = compare(2, 256, 1, variants, dim=128, rate=None, timeout_s=TIMEOUT_S)
+    rows = figures(ranks, 5, 256, {})["rows"]
+    for direction in ("sent_parameter_bytes", "received_parameter_bytes"):
+        step = {name: row[direction] for name, row in rows.items()}
+        update = {name: row["update"][direction] for name, row in rows.items()}
+        assert update["fsdp2_adamw"] <= 0.001
+        assert 0.5 <= update["muon_fsdp"] <= 0.52
+        assert 0.25 <= update["muon_fsdp_bf16"] <= 0.27
+        assert 2.0 <= step["fsdp2_adamw"] <= 2.05
+        assert 2.0 <= step["muon_fsdp"] <= 2.06
+        assert 2.5 <= step["muon_fsdp_torch_reduce"] <= 2.56
+    collectives = {name: row["update"]["num_collectives"] for name, row in rows.items()}
+    assert collectives["fsdp2_adamw"] == 0
+    assert 0 < collectives["muon_fsdp_bf16"] <= collectives["muon_fsdp"]
+
+
 @pytest.mark.parametrize("killed_rank", [0, 1])
 def test_a_killed_rank_ends_the_other_and_leaves_a_whole_checkpoint(killed_rank, tmp_path):
     saved = tmp_path / "checkpoints"
