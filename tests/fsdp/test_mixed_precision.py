@@ -242,7 +242,7 @@ def odd_gradients(kind, sharded, checkpointed, can_be_partial=True):
         blocks = find_blocks(model)
         options = {"precision": unit_precision("bf16-mixed"), "checkpointed": blocks.values() if checkpointed else ()}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("lightning_muon.sharding.shard_module._groups_can_be_partial", can_be_partial)
+            patch.setattr("lightning_muon.sharding.fsdp.shard_module._groups_can_be_partial", can_be_partial)
             shard_module(model, init_device_mesh("cpu", (2,)), blocks=blocks, **options)
     for step in range(2):
         tokens = torch.arange(6).view(2, 3) + step
