@@ -75,10 +75,11 @@ def test_the_shards_of_the_state_are_one_state(world_size):
     assert sum(size for _, size in run_processes(world_size, train, shapes, fsdp, {})) == alone
 
 
-def test_bfloat16_on_the_way():
-    """What travels is rounded once each way, of values of about the size of the update."""
+@pytest.mark.parametrize(("layout", "world_size"), [(fsdp, 2), (hsdp, 4)])
+def test_bfloat16_on_the_way(layout, world_size):
+    """What travels is rounded once each way, of values of about the size of the update; copies are rounded alike."""
     expected, _ = train(SHAPES, None, {}, steps=3)
-    for weights, _ in run_processes(2, train, SHAPES, fsdp, {}, 3, {"exchange_dtype": torch.bfloat16}):
+    for weights, _ in run_processes(world_size, train, SHAPES, layout, {}, 3, {"exchange_dtype": torch.bfloat16}):
         errors = {name: relative_error(weights[name], weight) for name, weight in expected.items()}
         assert max(errors.values()) <= 1e-2
         assert errors["square"] > 1e-6, "nothing was rounded"

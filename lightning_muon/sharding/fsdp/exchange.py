@@ -89,11 +89,13 @@ class ShardExchange:
         return ()
 
     def send_back(self) -> Iterable[tuple[int, Tensor]]:
-        """Start to send the pieces of the results that others hold; this rank's own are here."""
+        """Start to send the pieces of the results that others hold; this rank's own are here, rounded as if they had
+        travelled, or it would drift away from those that hold copies."""
         self._send(self._routes.back, lambda piece: _view(self._results[piece[0]], piece))
         own = [(piece, _view(self._results[piece[0]], piece)) for piece in self._kept(self._routes.back.stays)]
         self._results = {}
-        return [(self._parts[piece][0], values) for piece, values in own]
+        like = self._routes.like
+        return [(self._parts[piece][0], values.to(self._travelling.dtype).to(like.dtype)) for piece, values in own]
 
     def returned(self) -> Iterable[tuple[int, Tensor]]:
         """Wait for the others' results."""
