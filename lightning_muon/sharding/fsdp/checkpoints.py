@@ -114,9 +114,17 @@ class ShardedCheckpoints:
             self._to_remove.append(path)
 
     def finish(self) -> None:
-        """Wait until what was saved is under its name."""
+        """Wait until what was saved is under its name.
+
+        Raises:
+            OSError: It could not be written. What it was to replace has not been removed.
+        """
         if self._saver is not None:
-            self._saver.wait()
+            try:
+                self._saver.wait()
+            except BaseException:
+                self._to_remove.clear()
+                raise
         while self._to_remove:
             _remove(self._to_remove.pop())
 
