@@ -3,6 +3,7 @@
 from lightning_muon._register import register as _register
 from lightning_muon.checkpoint.errors import CheckpointError
 from lightning_muon.checkpoint.takeover import take_over
+from lightning_muon.data import GlobalBatchLoader
 from lightning_muon.fabric.checkpoint_io import MuonCheckpointIO
 from lightning_muon.fabric.log import log_optimizer
 from lightning_muon.muon import Muon
@@ -16,6 +17,7 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "CheckpointError",
+    "GlobalBatchLoader",
     "Muon",
     "MuonCheckpointIO",
     "MuonFSDPStrategy",

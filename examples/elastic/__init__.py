@@ -1,0 +1,1 @@
+"""A training job that goes on with fewer machines."""
