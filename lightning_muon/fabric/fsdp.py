@@ -44,6 +44,9 @@ __all__ = ["MuonFSDPStrategy"]
 class MuonFSDPStrategy(ModelParallelStrategy):
     """Fabric's twin of ``lightning_muon.MuonFSDPStrategy``, which says what it does.
 
+    For float16, Fabric refuses ``precision="16-mixed"``, with the strategy's name, too: pass
+    ``plugins=[MixedPrecision("16-mixed", "cuda")]``, from ``lightning.fabric.plugins``, instead.
+
     Args:
         parallelize_fn: Shards the module, or splits its layers, itself: gets the module and the device mesh and returns
             the module. What it leaves whole is sharded as without it.

@@ -52,6 +52,10 @@ class MuonFSDPStrategy(ModelParallelStrategy):
     comes together on one process for its orthogonalisation only, and each is orthogonalised once, whatever the number
     of processes and replicas.
 
+    For float16, beside an object of this class, Lightning refuses ``precision="16-mixed"``: pass
+    ``plugins=[MixedPrecision("16-mixed", "cuda")]``, from ``lightning.pytorch.plugins``, instead. It takes both names
+    together, ``Trainer(strategy="muon_fsdp", precision="16-mixed")``.
+
     Args:
         num_replicas: Copies of the sharded model (HSDP): each is shared by the same number of processes, and the copies
             average their gradients. They share the orthogonalisation, too.

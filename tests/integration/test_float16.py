@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.precision import MixedPrecision as FabricMixedPrecision
 from lightning.pytorch.plugins.precision import MixedPrecision
+from torch.distributed.tensor import DTensor
 
 import lightning_muon as lm
+from lightning_muon.fabric import MuonFSDPStrategy, MuonZero1Strategy
 from tests.lightning_runs import (
     GLOBAL_BATCH,
     AwkwardLightningModule,
+    Loss,
     PoolEnvironment,
     replica_difference,
     trainer,
@@ -23,6 +28,13 @@ from tests.processes import run_processes
 
 STEPS = 8
 OVERFLOW_AT = 3
+STRATEGIES = {
+    "muon_zero1": (lm.MuonZero1Strategy, MuonZero1Strategy),
+    "muon_fsdp": (
+        partial(lm.MuonFSDPStrategy, wrap=(torch.nn.Linear,)),
+        partial(MuonFSDPStrategy, wrap=(torch.nn.Linear,)),
+    ),
+}
 
 
 def precision(plugin):
@@ -57,18 +69,23 @@ class Overflowing(AwkwardLightningModule):
         super().on_train_batch_end(outputs, batch, batch_idx)
         optimizer = self.trainer.optimizers[0]
         momentum = {
-            name: optimizer.state[param]["momentum_buffer"].clone()
+            name: local(optimizer.state[param]["momentum_buffer"]).clone()
             for name, param in optimizer.named_parameters()
             if "momentum_buffer" in optimizer.state[param]
         }
         self.snapshots[batch_idx] = (weights(self), momentum)
 
 
-def through_trainer(overflow_at=None, overflow_rank=0, max_norm=None):
+def local(tensor):
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def through_trainer(strategy, overflow_at=None, overflow_rank=0, max_norm=None):
     module = Overflowing(overflow_at, overflow_rank)
     plugins = [PoolEnvironment(), precision(MixedPrecision)]
     batches = STEPS + (overflow_at is not None)
-    run = trainer(-1, plugins=plugins, limit_train_batches=batches, max_epochs=1, gradient_clip_val=max_norm)
+    options = {"limit_train_batches": batches, "max_epochs": 1, "gradient_clip_val": max_norm}
+    run = trainer(-1, STRATEGIES[strategy][0](), plugins=plugins, **options)
     run.fit(module)
     assert module.replica_difference == 0
     if overflow_at is not None:
@@ -78,12 +95,12 @@ def through_trainer(overflow_at=None, overflow_rank=0, max_norm=None):
     return weights(module)
 
 
-def through_fabric(overflow_at=None, overflow_rank=0, max_norm=None):
+def through_fabric(strategy, overflow_at=None, overflow_rank=0, max_norm=None):
     plugins = [PoolEnvironment(), precision(FabricMixedPrecision)]
-    fabric = L.Fabric(accelerator="cpu", devices=dist.get_world_size(), strategy="muon_zero1", plugins=plugins)
+    strategy = STRATEGIES[strategy][1]()
+    fabric = L.Fabric(accelerator="cpu", devices=dist.get_world_size(), strategy=strategy, plugins=plugins)
     fabric.launch()
-    bare = torch.nn.ModuleDict({"model": awkward_model()})
-    bare.forward = lambda tokens: bare["model"].loss(tokens)
+    bare = Loss(awkward_model())
     options = {"lr": 1e-2, "adamw_lr": 5e-3, "orthogonalization_dtype": torch.float32}
     module, optimizer = fabric.setup(bare, lm.Muon(bare, **options))
     batches = [(tokens, False) for tokens in token_batches(20, GLOBAL_BATCH)[:STEPS]]
@@ -105,9 +122,10 @@ def through_fabric(overflow_at=None, overflow_rank=0, max_norm=None):
 @pytest.mark.parametrize("max_norm", [None, 0.05])
 @pytest.mark.parametrize("overflow_rank", [0, 2])
 @pytest.mark.parametrize("run", [through_trainer, through_fabric])
-def test_a_run_with_an_overflow_equals_one_that_never_saw_the_batch(run, overflow_rank, max_norm):
-    untroubled = run_processes(3, run, None, 0, max_norm)
-    troubled = run_processes(3, run, OVERFLOW_AT, overflow_rank, max_norm)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_run_with_an_overflow_equals_one_that_never_saw_the_batch(strategy, run, overflow_rank, max_norm):
+    untroubled = run_processes(3, run, strategy, None, 0, max_norm)
+    troubled = run_processes(3, run, strategy, OVERFLOW_AT, overflow_rank, max_norm)
     for result in troubled:
         assert all(torch.equal(result[name], weight) for name, weight in untroubled[0].items())
 
@@ -128,13 +146,23 @@ def test_a_rank_that_others_wait_for_says_so_before_the_scaler_asks():
     run_processes(2, lacks_a_gradient)
 
 
-def scale_falls_everywhere():
+def scale_falls_everywhere(strategy):
     plugin = precision(MixedPrecision)
     module = Overflowing(1, 0)
-    run = trainer(-1, plugins=[PoolEnvironment(), plugin], limit_train_batches=3, max_epochs=1)
+    options = {"limit_train_batches": 3, "max_epochs": 1}
+    run = trainer(-1, STRATEGIES[strategy][0](), plugins=[PoolEnvironment(), plugin], **options)
     run.fit(module)
     return plugin.scaler.get_scale()
 
 
-def test_the_scale_falls_on_all_ranks():
-    assert run_processes(2, scale_falls_everywhere) == [2.0**11] * 2
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_scale_falls_on_all_ranks(strategy):
+    assert run_processes(2, scale_falls_everywhere, strategy) == [2.0**11] * 2
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["trainer", "fabric"])
+def test_lightning_does_not_take_the_name_of_the_precision_for_muon_fsdp(number):
+    """What the strategies' documentation says, and when it can be forgotten."""
+    host = (L.Trainer, L.Fabric)[number]
+    with pytest.raises(ValueError, match=r"ModelParallelStrategy.*does not support.*16-mixed"):
+        host(accelerator="cpu", devices=1, strategy=STRATEGIES["muon_fsdp"][number](), precision="16-mixed")
