@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import random
 import signal
@@ -29,6 +28,7 @@ from lightning_muon.checkpoint.canonical import load_canonical
 from tests.lightning_runs import AwkwardLightningModule, trainer, weights
 
 SAVE_EVERY, WORLD_SIZE, TIMEOUT_S = 2, 2, 20
+KILLS_OF_EACH = 5
 MAX_SAVES = 4  # of one job before it is killed; it makes two at a time
 NEVER_ENDED = "never ended"
 IN_BACKGROUND = "muon_fsdp, folder in the background"
@@ -205,7 +205,6 @@ def time_of_a_save_s(folder: Path) -> float:
 def main(folder: Path, num_kills: int) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     steps = SAVE_EVERY * (num_kills * MAX_SAVES // 2 + 1)
     generator = random.Random(0)
     references: dict[str, dict[int, str]] = {}
@@ -232,4 +231,4 @@ def main(folder: Path, num_kills: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 6)
+    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else KILLS_OF_EACH)

@@ -9,6 +9,8 @@ import pytest
 
 from tests.killed_jobs import SAVE_EVERY, VARIANTS
 
+pytestmark = pytest.mark.timeout(600)  # 90 seconds of two cores that nothing else uses
+
 ROOT = Path(__file__).parents[2]
 
 
