@@ -9,7 +9,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from lightning_muon.sharding import collectives
+from benchmarks.fsdp_memory import Held
+from lightning_muon.sharding.fsdp import reduce_scatter
 from lightning_muon.sharding.fsdp.fully_sharded import FullySharded
 from lightning_muon.sharding.fsdp.options import FSDPOptions
 from lightning_muon.sharding.fsdp.reduce_scatter import PairwiseReduceScatter, reduce_scatter_pairwise
@@ -26,13 +27,13 @@ def reduce(size, dtype, op, message_bytes):
     world_size = dist.get_world_size()
     generator = torch.Generator().manual_seed(dist.get_rank())
     values = torch.randn(world_size * size, generator=generator).to(dtype)
-    usual, collectives.MESSAGE_BYTES = collectives.MESSAGE_BYTES, message_bytes
+    usual, reduce_scatter._BYTES = reduce_scatter._BYTES, message_bytes
     results = []
-    for reduce_scatter in (PairwiseReduceScatter(), PairwiseReduceScatter(), dist.reduce_scatter_tensor):
+    for function in (PairwiseReduceScatter(), PairwiseReduceScatter(), dist.reduce_scatter_tensor):
         output = torch.empty(size, dtype=dtype)
-        assert reduce_scatter(output, values.clone(), group=dist.group.WORLD, op=getattr(dist.ReduceOp, op)) is None
+        assert function(output, values.clone(), group=dist.group.WORLD, op=getattr(dist.ReduceOp, op)) is None
         results.append(output)
-    collectives.MESSAGE_BYTES = usual
+    reduce_scatter._BYTES = usual
     return results
 
 
@@ -54,6 +55,24 @@ def test_sums_are_rounded_once(dtype):
     exact = torch.stack(values).to(torch.promote_types(dtype, torch.float32)).sum(dim=0)
     for rank, (ours, *_) in enumerate(run_processes(3, reduce, 100, dtype, "SUM", 128)):
         assert torch.equal(ours, exact[100 * rank : 100 * rank + 100].to(dtype))
+
+
+def bytes_in_flight(size):
+    values, output = torch.ones(dist.get_world_size() * size), torch.empty(size)
+    usual, reduce_scatter._BYTES = reduce_scatter._BYTES, 1 << 10
+    with Held() as held:
+        values.add_(1)
+        output.zero_()
+        held.phase = "reduce"
+        PairwiseReduceScatter()(output, values, dist.group.WORLD, dist.ReduceOp.AVG)
+    reduce_scatter._BYTES = usual
+    return held.peaks["reduce"] - 4 * (values.numel() + size)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_holds_as_much_however_much_is_reduced_by_however_many(world_size):
+    for extra in run_processes(world_size, bytes_in_flight, 10_000):
+        assert extra <= 4 * 2 * (1 << 10) + 2 * (1 << 10)  # four messages, sent and received; a sum
 
 
 class Network(nn.Module):

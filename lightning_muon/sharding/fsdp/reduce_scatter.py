@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
-from lightning_muon.sharding import collectives
-
 __all__ = ["PairwiseReduceScatter", "reduce_scatter_pairwise"]
 
-_IN_FLIGHT = 4  # messages; enough to keep a link busy, and few enough not to hold another copy of a unit's gradients
+# What a rank hands to one all-to-all, and how many are on their way: enough to keep a link busy, and 16 MiB in all,
+# sent and received, however large a unit is and however many ranks there are.
+_BYTES, _IN_FLIGHT = 1 << 21, 4
 
 
 class PairwiseReduceScatter:
@@ -47,15 +47,16 @@ class PairwiseReduceScatter:
             theirs: dist.Work | None = dist.reduce_scatter_tensor(output_tensor, input_tensor, op, group, async_op)
             return theirs
         exact = torch.promote_types(input_tensor.dtype, torch.float32)
-        parts = input_tensor.view(dist.get_world_size(group), -1)
-        limit = max(1, collectives.MESSAGE_BYTES // input_tensor.element_size())
+        world_size = dist.get_world_size(group)
+        parts = input_tensor.view(world_size, -1)
+        limit = max(1, _BYTES // (world_size * input_tensor.element_size()))
         travelling: deque[tuple[Tensor, Tensor, Tensor, dist.Work]] = deque()
 
         def add() -> None:
             target, _, received, work = travelling.popleft()
             work.wait()
             total = received.sum(dim=0, dtype=exact)
-            target.copy_(total.div_(len(parts)) if op == dist.ReduceOp.AVG else total)
+            target.copy_(total.div_(world_size) if op == dist.ReduceOp.AVG else total)
 
         for target, part in zip(torch.split(output_tensor, limit), torch.split(parts, limit, dim=1), strict=True):
             sent, received = part.contiguous(), torch.empty_like(part, memory_format=torch.contiguous_format)
