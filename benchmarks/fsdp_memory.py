@@ -3,10 +3,11 @@
 ``python -m benchmarks.fsdp_memory [--json benchmarks/results/fsdp_memory.json]``
 
 Weights, gradients and optimizer state are the bytes of this rank's tensors. The peaks of a step's two halves are of
-the memory of all tensors that torch's operations have made since before the model, and that live: not an estimate, and
-equal from run to run, where a process's resident memory would depend on when pages are touched and given back, and on
-what libraries keep. Workspaces inside a kernel and gloo's own buffers are not in it. The units are the transformer's
-layers; inputs are small, so that activations do not hide the rest.
+the memory of all tensors that torch's operations have made since before the model, and that live. A process's resident
+memory would depend on when pages are touched and given back, and on what libraries keep; this depends on timing only
+as far as messages do, which may arrive before or after the next one leaves. Workspaces inside a kernel and gloo's own
+buffers are not in it. The units are the transformer's layers; inputs are small, so that activations do not hide the
+rest.
 """
 
 from __future__ import annotations

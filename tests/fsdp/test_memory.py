@@ -96,12 +96,13 @@ def test_a_step_holds_a_few_stages_however_many_matrices_there_are(world_size):
     stage = PER_STAGE * MATRIX_BYTES // world_size
     for few, many in zip(
         run_processes(world_size, extra_bytes, 4 * PER_STAGE, torch.float32),
-        run_processes(world_size, extra_bytes, 8 * PER_STAGE, torch.float32),
+        run_processes(world_size, extra_bytes, 16 * PER_STAGE, torch.float32),
         strict=True,
     ):
         assert many[1] == few[1] <= 3 * 2 * stage  # one stage on its way to owners, two on their way back; both ways
-        assert 0 <= many[0] - few[0] <= 4 * 4 * PER_STAGE  # a number for each matrix is kept for the monitors
-        assert few[0] <= 16 * stage  # messages, what is fed, and the iteration's working memory
+        # Messages, what is fed and the iteration's working memory, 12 or 13 stages; gloo's threads may keep a message
+        # for a moment longer. All 16 stages at once would take five times as much.
+        assert max(many[0], few[0]) <= 20 * stage
 
 
 def test_messages_in_bfloat16_take_half():

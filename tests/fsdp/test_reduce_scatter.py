@@ -72,7 +72,8 @@ def bytes_in_flight(size):
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_holds_as_much_however_much_is_reduced_by_however_many(world_size):
     for extra in run_processes(world_size, bytes_in_flight, 10_000):
-        assert extra <= 4 * 2 * (1 << 10) + 2 * (1 << 10)  # four messages, sent and received; a sum
+        # four of eighty messages, sent and received, and as much that gloo's threads may be about to drop
+        assert extra <= 2 * 4 * 2 * (1 << 10)
 
 
 class Network(nn.Module):
