@@ -59,12 +59,10 @@ class _MovingPart:
     Attributes:
         part: Which.
         weight: Its view of the parameter.
-        fed: Its piece of what is orthogonalised; float32 at least.
     """
 
     part: MatrixPart
     weight: Tensor
-    fed: Tensor
 
 
 @dataclass(frozen=True)
@@ -121,11 +119,14 @@ class MuonStage:
         self._options, self._exchange = options, exchange
         self._runs: list[tuple[OwnedParameter, list[Run]]] = []
         self._moving: list[_MovingPart] = []
+        fed: list[tuple[MatrixPart, Tensor]] = []
         for matrices in held:
             runs = matrices.parameter.runs()
             self._runs.append((matrices.parameter, runs))
-            self._moving += _advance_momentum(matrices, runs, idle)
-        exchange.gather([(moving.part, moving.fed) for moving in self._moving])
+            for moving, values in _advance_momentum(matrices, runs, idle):
+                self._moving.append(moving)
+                fed.append((moving.part, values))
+        exchange.gather(fed)  # which keeps them only as long as it needs them
 
     def orthogonalize(self) -> list[UpdateRecord]:
         """Orthogonalise the matrices that this process owns, and start to send the updates back.
@@ -183,8 +184,11 @@ class MuonStage:
         return orthogonalize(torch.stack(wide), group["orthogonalization"], dtype=group["orthogonalization_dtype"])
 
 
-def _advance_momentum(matrices: HeldMatrices, runs: Sequence[Run], idle: Container[MatrixKey]) -> Iterator[_MovingPart]:
-    """Advance the momentum of the held parts, and give what is to be orthogonalised."""
+def _advance_momentum(
+    matrices: HeldMatrices, runs: Sequence[Run], idle: Container[MatrixKey]
+) -> Iterator[tuple[_MovingPart, Tensor]]:
+    """Advance the momentum of the held parts, and give each with its piece of what is orthogonalised, float32 at
+    least."""
     group = matrices.parameter.group
     for run, parts in zip(runs, matrices.parts, strict=True):
         gradient = run.gradient.neg() if group["maximize"] else run.gradient
@@ -192,4 +196,4 @@ def _advance_momentum(matrices: HeldMatrices, runs: Sequence[Run], idle: Contain
             if part.key not in idle:
                 buffer = part.view(run.state["momentum_buffer"])
                 fed = momentum_(buffer, part.view(gradient), group["momentum"], group["nesterov"])
-                yield _MovingPart(part, part.view(run.weight), fed)
+                yield _MovingPart(part, part.view(run.weight)), fed

@@ -61,20 +61,24 @@ class ShardExchange:
     ) -> None:
         self._routes, self._leave_out, self._group = routes, leave_out, group
         self._travelling = routes.like.new_empty(0, dtype=routes.sent_as)
-        self._parts: dict[Rectangle, tuple[int, Tensor]] = {}
+        self._numbers: dict[Rectangle, int] = {}
+        self._values: dict[Rectangle, Tensor] = {}
         self._results: dict[MatrixKey, Tensor] = {}
         self._messages: AllToAll | None = None
 
     def gather(self, parts: Sequence[tuple[MatrixPart, Tensor]]) -> None:
         """Start to send the parts that others own; each part is sent by one of those that hold it."""
-        self._parts = {part.rectangle: (number, values) for number, (part, values) in enumerate(parts)}
-        self._send(self._routes.to_owners, lambda piece: self._parts[piece][1])
+        self._numbers = {part.rectangle: number for number, (part, _) in enumerate(parts)}
+        values = {part.rectangle: value for part, value in parts}
+        self._send(self._routes.to_owners, values.__getitem__)
+        # what has been packed is not needed any more
+        self._values = {piece: values[piece] for piece in self._kept(self._routes.to_owners.stays)}
 
     def matrices(self) -> Mapping[MatrixKey, Tensor]:
         """Wait for the owned matrices."""
         route, whole = self._routes.to_owners, {}
         for piece in self._kept(route.stays):
-            key, own = piece[0], self._parts[piece][1]
+            key, own = piece[0], self._values.pop(piece)
             if own.shape == self._routes.owned[key]:
                 whole[key] = own
             else:
@@ -95,12 +99,12 @@ class ShardExchange:
         own = [(piece, _view(self._results[piece[0]], piece)) for piece in self._kept(self._routes.back.stays)]
         self._results = {}
         like = self._routes.like
-        return [(self._parts[piece][0], values.to(self._travelling.dtype).to(like.dtype)) for piece, values in own]
+        return [(self._numbers[piece], values.to(self._travelling.dtype).to(like.dtype)) for piece, values in own]
 
     def returned(self) -> Iterable[tuple[int, Tensor]]:
         """Wait for the others' results."""
         for piece, values in self._arrived(self._routes.back):
-            yield self._parts[piece][0], values.to(self._routes.like.dtype)
+            yield self._numbers[piece], values.to(self._routes.like.dtype)
 
     def _send(self, route: Route, values_of: Callable[[Rectangle], Tensor]) -> None:
         messages = []
