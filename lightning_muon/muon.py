@@ -232,12 +232,13 @@ class Muon(Optimizer):
         names = [name for name, _ in self.named_parameters()]
         idle = self._left_alone(names)
         stages = [frozenset(stage) for stage in self._partition.stages(names)]
+        options = self._matrix_options()
         sent: deque[MuonStage] = deque()
         returning: deque[tuple[int, MuonStage]] = deque()
         for number in range(len(stages) + self._partition.ahead):
             if number < len(stages):
                 exchange = self._partition.exchange(number, idle)
-                sent.append(MuonStage(self._held_matrices(stages[number]), self._matrix_options, exchange, idle))
+                sent.append(MuonStage(self._held_matrices(stages[number]), options, exchange, idle))
                 self._update_elementwise(stages[number])
             if number >= self._partition.ahead:
                 stage = sent.popleft()
@@ -263,9 +264,10 @@ class Muon(Optimizer):
         for group in self.param_groups:
             if group["algorithm"] == algorithm:
                 for name, param in zip(group["param_names"], group["params"], strict=True):
-                    ranges = self.local_ranges(name, param)
-                    if name in names and param.grad is not None and ranges:
-                        yield OwnedParameter(name, param, self.state[param], ranges, group)
+                    if name in names and param.grad is not None:
+                        ranges = self.local_ranges(name, param)
+                        if ranges:
+                            yield OwnedParameter(name, param, self.state[param], ranges, group)
 
     def _held_matrices(self, names: Container[str]) -> list[HeldMatrices]:
         return [
@@ -273,7 +275,6 @@ class Muon(Optimizer):
             for held in self._held("muon", names)
         ]
 
-    @property
     def _matrix_options(self) -> dict[str, MatrixOptions]:
         return {
             name: MatrixOptions(group, self._layout(name).transposed)

@@ -23,6 +23,7 @@ from typing import Any
 __all__ = ["begin", "commit", "discard", "recover", "remove", "replacing", "saving_path"]
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+_OF_A_CHECKPOINT = (".metadata", "meta.pt", "manifest.json")
 _NOT_SUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
 
@@ -56,11 +57,22 @@ def begin(path: Path) -> Path:
 
     Returns:
         ``saving_path(path)``, where there is nothing now.
+
+    Raises:
+        IsADirectoryError: A folder that is no checkpoint has the name; it would be lost.
     """
     recover(path)
+    _require_replaceable(path)
     discard(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     return saving_path(path)
+
+
+def _require_replaceable(path: Path) -> None:
+    if path.is_dir() and any(path.iterdir()) and not any((path / name).is_file() for name in _OF_A_CHECKPOINT):
+        raise IsADirectoryError(
+            errno.EISDIR, "There is a folder of this name, and it is no checkpoint: choose another name", str(path)
+        )
 
 
 def commit(path: Path) -> None:

@@ -14,7 +14,7 @@ __all__ = ["check_weights"]
 
 
 def check_weights(saved: Mapping[str, Any], module: nn.Module, *, strict: bool = True, source: str = "") -> None:
-    """Raise unless ``module.load_state_dict(saved, strict=strict)`` would succeed.
+    """Raise unless the weights fit, by names without what wrappers add (``torch.compile``'s, say) and by shapes.
 
     For modules that do not translate old keys while they load, in hooks of their own. Shapes are those of whole
     parameters: a DTensor's local shard does not matter.
@@ -28,7 +28,8 @@ def check_weights(saved: Mapping[str, Any], module: nn.Module, *, strict: bool =
     Raises:
         CheckpointError: Names (with ``strict``) or shapes differ.
     """
-    expected = module.state_dict()
+    expected = {canonical_name(name): value for name, value in module.state_dict().items()}
+    saved = {canonical_name(name): value for name, value in saved.items()}
     faults = []
     if strict:
         missing, unexpected = sorted(set(expected) - set(saved)), sorted(set(saved) - set(expected))
@@ -36,8 +37,6 @@ def check_weights(saved: Mapping[str, Any], module: nn.Module, *, strict: bool =
             faults.append(f"It lacks {some(missing)}.")
         if unexpected:
             faults.append(f"It has besides {some(unexpected)}.")
-        if faults and {canonical_name(name) for name in unexpected} >= {canonical_name(name) for name in missing}:
-            faults.append("The names differ by what a wrapper puts before them: save or load the bare module.")
     shapes = [
         f"{name} is {_shape(saved[name])} there and {_shape(value)} here"
         for name, value in expected.items()

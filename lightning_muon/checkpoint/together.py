@@ -13,7 +13,7 @@ from lightning_muon.checkpoint.errors import CheckpointError
 __all__ = ["Processes"]
 
 T = TypeVar("T")
-_KINDS: tuple[type[Exception], ...] = (CheckpointError, OSError, TypeError, ValueError, RuntimeError)
+_KINDS: tuple[type[Exception], ...] = (CheckpointError, OSError, TypeError, ValueError, KeyError, RuntimeError)
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from typing_extensions import override
 
-from lightning_muon.checkpoint.atomic import remove
+from lightning_muon.checkpoint.atomic import recover, remove
 from lightning_muon.checkpoint.canonical import load_canonical
-from lightning_muon.checkpoint.files import save_file
+from lightning_muon.checkpoint.errors import CheckpointError
+from lightning_muon.checkpoint.files import load_file_together, save_file
+from lightning_muon.checkpoint.together import Processes
 
-__all__ = ["MuonCheckpointIO"]
+__all__ = ["MuonCheckpointIO", "WholeCheckpoints", "is_folder", "read_together", "require_local"]
 
 
 class MuonCheckpointIO(TorchCheckpointIO):
@@ -57,5 +59,76 @@ class MuonCheckpointIO(TorchCheckpointIO):
             remove(Path(path))
 
 
+class WholeCheckpoints:
+    """A strategy whose checkpoints are ``MuonCheckpointIO``'s unless the user has chosen a plugin."""
+
+    _checkpoint_io: CheckpointIO | None
+
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        """The plugin."""
+        chosen: Any = self._checkpoint_io
+        if chosen is None:
+            self._checkpoint_io = chosen = MuonCheckpointIO()
+        elif hasattr(chosen, "checkpoint_io"):  # such as AsyncCheckpointIO, which writes through another
+            chosen.checkpoint_io = MuonCheckpointIO()
+        io: CheckpointIO = chosen
+        return io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
+
+
 def _is_remote(path: _PATH) -> bool:
+    """Whether a path has a protocol, such as ``s3://``."""
     return "://" in str(path)
+
+
+def require_local(path: _PATH, strategy: str) -> None:
+    """Raise for a path with a protocol.
+
+    Raises:
+        ValueError: It has one.
+    """
+    if _is_remote(path):
+        raise ValueError(
+            f"{strategy} writes and reads shards on a file system that all processes share, and {path} is elsewhere."
+            " Give a path of the file system, or save one file (save_distributed_checkpoint=False)."
+        )
+
+
+def is_folder(path: _PATH) -> bool:
+    """Whether a checkpoint is in shards. Every process must ask, and all get the same answer.
+
+    Raises:
+        CheckpointError: Some processes see a folder, and some do not.
+    """
+
+    def look() -> bool:
+        if _is_remote(path):
+            return False
+        recover(Path(path))
+        return Path(path).is_dir()
+
+    found = Processes.of(None).together(look)
+    if len(set(found)) > 1:
+        ranks = [rank for rank, one in enumerate(found) if not one]
+        raise CheckpointError(f"{path}: processes {ranks} do not see this folder. All of them need its file system.")
+    return found[0]
+
+
+def read_together(io: CheckpointIO, path: _PATH, weights_only: bool | None) -> dict[str, Any]:
+    """Read a file on every process; all raise if one cannot.
+
+    Args:
+        io: The strategy's plugin.
+        path: The file, which all processes see. They share its verification.
+        weights_only: See ``MuonCheckpointIO``.
+    """
+    if type(io) is MuonCheckpointIO and not _is_remote(path):
+        checkpoint: dict[str, Any] = load_file_together(Path(path), weights_only=weights_only is not False)
+        return checkpoint
+    found: list[dict[str, Any]] = []
+    Processes.of(None).together(lambda: found.append(io.load_checkpoint(path, weights_only=weights_only)))
+    return found[0]

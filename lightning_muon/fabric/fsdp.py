@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +22,12 @@ from typing_extensions import override
 
 from lightning_muon.checkpoint.canonical import load_canonical
 from lightning_muon.checkpoint.check import check_weights
-from lightning_muon.fabric.checkpoint_io import MuonCheckpointIO
+from lightning_muon.checkpoint.together import Processes
+from lightning_muon.fabric.checkpoint_io import WholeCheckpoints, is_folder, read_together, require_local
 from lightning_muon.muon import Muon
 from lightning_muon.sharding.clipping import ClipScope, clip_grad_norm_
 from lightning_muon.sharding.fsdp.blocks import WrapPolicy
-from lightning_muon.sharding.fsdp.checkpoints import ShardedCheckpoints
+from lightning_muon.sharding.fsdp.checkpoints import ShardedCheckpoints, require_keys
 from lightning_muon.sharding.fsdp.fully_sharded import FullySharded
 from lightning_muon.sharding.fsdp.mesh import data_mesh, make_mesh
 from lightning_muon.sharding.fsdp.options import FSDPOptions
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["MuonFSDPStrategy"]
 
 
-class MuonFSDPStrategy(ModelParallelStrategy):
+class MuonFSDPStrategy(WholeCheckpoints, ModelParallelStrategy):
     """Fabric's twin of ``lightning_muon.MuonFSDPStrategy``, which says what it does.
 
     For float16, Fabric refuses ``precision="16-mixed"``, with the strategy's name, too: pass
@@ -115,7 +117,6 @@ class MuonFSDPStrategy(ModelParallelStrategy):
         self._sharded = FullySharded(self._name, options, tell=rank_zero_info)
         self._save_in_background = save_in_background
         self._checkpoints: ShardedCheckpoints | None = None
-        self._io = MuonCheckpointIO()
 
     # ------------------------------------------------------------------ processes
 
@@ -210,15 +211,15 @@ class MuonFSDPStrategy(ModelParallelStrategy):
         """Save a file, or with ``save_distributed_checkpoint`` a folder; see Fabric's ``save``.
 
         Raises:
-            ValueError: A filter, with a folder.
-            TypeError: Storage options, with a folder.
+            ValueError: A filter, storage options or a path with a protocol, with a folder.
         """
         path = self.broadcast(path)
         if not self._save_distributed_checkpoint:
             whole = self._convert_stateful_objects_in_state(state, filter=filter or {})
-            if self.is_global_zero:
-                self._io.save_checkpoint(whole, path, storage_options)
+            write = partial(self.checkpoint_io.save_checkpoint, whole, path, storage_options)
+            Processes.of(None).on_first(write)  # all learn whether it went well
             return
+        require_local(path, self._name)
         if filter is not None or storage_options is not None:
             raise ValueError(f"{self._name} saves shards without filter and storage_options: leave them out.")
         modules, optimizers, rest = _sorted(state)
@@ -242,29 +243,37 @@ class MuonFSDPStrategy(ModelParallelStrategy):
             KeyError: With ``strict``, something that ``state`` asks for is not in it.
         """
         path = self.broadcast(path)
-        if isinstance(state, (nn.Module, Optimizer)):
-            raise TypeError(
-                "Name what is to be loaded by its key in the checkpoint: fabric.load(path, {'model': model})."
-            )
+        self._saved.finish()
+        if isinstance(state, nn.Module):  # fabric.load_raw
+            module, raw = state, read_together(self.checkpoint_io, path, weights_only)
+            Processes.of(None).together(lambda: check_weights(raw, module, strict=strict, source=str(path)))
+            load_whole_weights(module, raw)
+            return {}
+        if isinstance(state, Optimizer):
+            raise TypeError("Give the optimizer's key in the checkpoint: fabric.load(path, {'optimizer': optimizer}).")
         modules, optimizers, rest = _sorted(state or {})
         safe = weights_only is not False
-        if Path(path).is_dir() and (modules or optimizers):
-            found = self._saved.load(Path(path), modules, optimizers, strict=strict, weights_only=safe)
-        elif Path(path).is_dir():
+        wanted = list(rest) if strict else []
+        in_shards = is_folder(path)
+        if in_shards and (modules or optimizers):
+            found = self._saved.load(Path(path), modules, optimizers, strict=strict, weights_only=safe, wanted=wanted)
+        elif in_shards:
             found = load_canonical(Path(path), weights_only=safe)
         else:
-            found = self._io.load_checkpoint(path, weights_only=weights_only)
-            _require(found, [*modules, *optimizers], path)
-            for key, module in modules.items():  # all of it before anything is changed
-                check_weights(found[key], module, strict=strict, source=str(path))
-            for key, muon in optimizers.items():
-                muon.check_state_dict(found[key])
+            found = read_together(self.checkpoint_io, path, weights_only)
+
+            def check() -> None:
+                require_keys(found, [*modules, *optimizers, *wanted], path)
+                for key, module in modules.items():
+                    check_weights(found[key], module, strict=strict, source=str(path))
+                for key, muon in optimizers.items():
+                    muon.check_state_dict(found[key])
+
+            Processes.of(None).together(check)  # before anything is changed, on any process
             for key, module in modules.items():
-                load_whole_weights(module, found.pop(key), strict, str(path))
+                load_whole_weights(module, found.pop(key))
             for key, muon in optimizers.items():
                 muon.load_state_dict(found.pop(key))
-        if strict:
-            _require(found, rest, path)
         for key in rest:
             if key in found:
                 value = found.pop(key)
@@ -315,9 +324,3 @@ def _sorted(state: Mapping[str, Any]) -> tuple[dict[str, nn.Module], dict[str, M
     optimizers = {key: require_muon(value, "muon_fsdp") for key, value in state.items() if isinstance(value, Optimizer)}
     rest = {key: value for key, value in state.items() if key not in modules and key not in optimizers}
     return modules, optimizers, rest
-
-
-def _require(found: Mapping[str, Any], keys: Collection[str], path: _PATH) -> None:
-    missing = [key for key in keys if key not in found]
-    if missing:
-        raise KeyError(f"{path} has nothing under {missing}; it has {sorted(found)}.")

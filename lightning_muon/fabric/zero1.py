@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_muon.fabric.checkpoint_io import MuonCheckpointIO
+from lightning_muon.fabric.checkpoint_io import WholeCheckpoints
 from lightning_muon.sharding.clipping import ClipScope, clip_grad_norm_
 from lightning_muon.sharding.missing import MissingPolicy
 from lightning_muon.sharding.precision import share_overflows
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["MuonZero1Strategy"]
 
 
-class MuonZero1Strategy(DDPStrategy):
+class MuonZero1Strategy(WholeCheckpoints, DDPStrategy):
     """Fabric's twin of ``lightning_muon.MuonZero1Strategy``, which says what it does.
 
     Call ``fabric.backward(loss)``, not ``loss.backward()``; ``fabric.clip_gradients`` clips by the norm of the whole
@@ -53,7 +53,7 @@ class MuonZero1Strategy(DDPStrategy):
         **kwargs: Any,
     ) -> None:
         self._options = Zero1Options(overlap, gather_mb, missing_gradients, clip_scope)
-        super().__init__(**{"checkpoint_io": MuonCheckpointIO(), **self._options.ddp_options(kwargs)})
+        super().__init__(**self._options.ddp_options(kwargs))
         self._zero1: Zero1 | None = None
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_muon.checkpoint.check import check_weights
-from lightning_muon.fabric.checkpoint_io import MuonCheckpointIO
+from lightning_muon.checkpoint.together import Processes
+from lightning_muon.fabric.checkpoint_io import WholeCheckpoints, is_folder, read_together, require_local
 from lightning_muon.muon import Muon
 from lightning_muon.pytorch.clipping import clip_by_the_whole_norm, restore_clipping
 from lightning_muon.sharding.clipping import ClipScope
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
 __all__ = ["MuonFSDPStrategy"]
 
 
-class MuonFSDPStrategy(ModelParallelStrategy):
+class MuonFSDPStrategy(WholeCheckpoints, ModelParallelStrategy):
     """Weights, gradients and optimizer state in shards (FSDP2), trained by ``lightning_muon.Muon``.
 
     A LightningModule needs no code for it: its repeated blocks are found and sharded, and the rest as one unit. One
@@ -125,7 +127,6 @@ class MuonFSDPStrategy(ModelParallelStrategy):
         self._save_in_background = save_in_background
         self._checkpoints: ShardedCheckpoints | None = None
         self._is_loaded = False
-        self._checkpoint_io = MuonCheckpointIO()
 
     # ------------------------------------------------------------------ processes
 
@@ -217,9 +218,10 @@ class MuonFSDPStrategy(ModelParallelStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
         filepath = self.broadcast(filepath)
         if not self._save_distributed_checkpoint:
-            if self.is_global_zero:
-                self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
+            write = partial(self.checkpoint_io.save_checkpoint, checkpoint, filepath, storage_options)
+            Processes.of(None).on_first(write)  # all learn whether it went well
             return
+        require_local(filepath, type(self).__name__)
         if storage_options is not None:
             raise TypeError(f"{type(self).__name__} saves shards without a CheckpointIO: leave storage_options out.")
         rest = dict(checkpoint)
@@ -229,15 +231,21 @@ class MuonFSDPStrategy(ModelParallelStrategy):
 
     @override
     def remove_checkpoint(self, filepath: _PATH) -> None:
-        self._saved.remove(Path(self.broadcast(filepath)))
+        filepath = self.broadcast(filepath)
+        if self._save_distributed_checkpoint:
+            self._saved.remove(Path(filepath))
+        else:
+            Processes.of(None).on_first(lambda: self.checkpoint_io.remove_checkpoint(filepath))
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         """Load a folder into module and optimizers, or a file into memory. Lightning asks for the rest later."""
         path = self.broadcast(checkpoint_path)
-        self._is_loaded = Path(path).is_dir()
+        self._saved.finish()
+        self._is_loaded = is_folder(path)
         if not self._is_loaded:
-            return self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
+            checkpoint: dict[str, Any] = read_together(self.checkpoint_io, path, weights_only)
+            return checkpoint
         assert self.lightning_module is not None
         meta = self._saved.load(
             Path(path),
@@ -251,11 +259,14 @@ class MuonFSDPStrategy(ModelParallelStrategy):
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         if not self._is_loaded:
-            check_weights(checkpoint["state_dict"], self._module, strict=strict)
-            states = checkpoint.get("optimizer_states", [])
-            for optimizer, state in zip(self.optimizers, states, strict=False):
-                self._muon(optimizer).check_state_dict(state)  # before anything is changed
-            load_whole_weights(self._module, checkpoint["state_dict"], strict)
+
+            def check() -> None:
+                check_weights(checkpoint["state_dict"], self._module, strict=strict)
+                for optimizer, state in zip(self.optimizers, checkpoint.get("optimizer_states", []), strict=False):
+                    self._muon(optimizer).check_state_dict(state)
+
+            Processes.of(None).together(check)  # before anything is changed, on any process
+            load_whole_weights(self._module, checkpoint["state_dict"])
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

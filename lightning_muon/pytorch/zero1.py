@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from lightning_muon.fabric.checkpoint_io import MuonCheckpointIO
+from lightning_muon.fabric.checkpoint_io import WholeCheckpoints
 from lightning_muon.muon import Muon
 from lightning_muon.pytorch.clipping import clip_by_the_whole_norm, restore_clipping
 from lightning_muon.sharding.clipping import ClipScope
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["MuonZero1Strategy"]
 
 
-class MuonZero1Strategy(DDPStrategy):
+class MuonZero1Strategy(WholeCheckpoints, DDPStrategy):
     """Data parallelism with ``lightning_muon.Muon`` sharded over the processes (ZeRO stage 1).
 
     Every matrix has one owner: its gradient is averaged there while backward runs, its momentum is kept there only,
@@ -64,7 +64,7 @@ class MuonZero1Strategy(DDPStrategy):
                     " communication hook, so there is no room for another. Leave the argument out."
                 )
         self._options = Zero1Options(overlap, gather_mb, missing_gradients, clip_scope)
-        super().__init__(**{"checkpoint_io": MuonCheckpointIO(), **self._options.ddp_options(kwargs)})
+        super().__init__(**self._options.ddp_options(kwargs))
         self._zero1: Zero1 | None = None
 
     @override

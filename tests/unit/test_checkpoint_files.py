@@ -96,6 +96,7 @@ def fill(path, folder, text):
         path.mkdir()
         (path / "inner").mkdir()
         (path / "inner" / "data").write_text(text)
+        (path / "meta.pt").touch()  # what tells a checkpoint from other folders
     else:
         path.write_text(text)
 
@@ -252,5 +253,17 @@ def test_weights_of_another_model_are_refused():
         check_weights(nn.Sequential(nn.Linear(3, 4)).state_dict(), module)
     check_weights(nn.Sequential(nn.Linear(3, 4)).state_dict(), module, strict=False)
     wrapped = {f"_orig_mod.{name}": value for name, value in module.state_dict().items()}
-    with pytest.raises(CheckpointError, match="what a wrapper puts before them"):
-        check_weights(wrapped, module)
+    check_weights(wrapped, module)
+
+
+def test_a_folder_that_is_no_checkpoint_is_not_replaced(tmp_path):
+    thesis = tmp_path / "results" / "thesis.txt"
+    thesis.parent.mkdir()
+    thesis.write_text("three years")
+    with pytest.raises(OSError, match="no checkpoint"):
+        save_file({"a": 1}, tmp_path / "results")
+    assert thesis.read_text() == "three years"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    save_file({"a": 1}, empty)
+    assert load_file(empty) == {"a": 1}

@@ -48,6 +48,9 @@ def announce(optimizer: Muon, options: Mapping[str, object], group: dist.Process
     """
     policies = {key: getattr(optimizer, key) for key in ("nonfinite", "idle_matrices", "master_weights")}
     facts: dict[str, object] = {**options, **policies}
+    for options_of in optimizer.param_groups:
+        settings = {key: str(value) for key, value in options_of.items() if key not in ("params", "param_names")}
+        facts[f"group {options_of['name']!r}"] = settings
     shards, problems = {}, []
     for name, param in optimizer.named_parameters():
         layout = optimizer.routes[name].layout

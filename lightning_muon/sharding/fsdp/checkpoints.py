@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ from lightning_muon.checkpoint.canonical import OPTIMIZERS
 from lightning_muon.checkpoint.check import check_weights
 from lightning_muon.checkpoint.folders import load_folder, read_meta, read_shapes, save_folder
 from lightning_muon.checkpoint.named import from_named, to_named
+from lightning_muon.checkpoint.together import Processes
 from lightning_muon.muon import Muon
+from lightning_muon.names import canonical_name
 from lightning_muon.sharding.fsdp.weights import sharded_weights
 
-__all__ = ["ShardedCheckpoints"]
+__all__ = ["ShardedCheckpoints", "require_keys"]
 
 
 class ShardedCheckpoints:
@@ -72,6 +74,7 @@ class ShardedCheckpoints:
         *,
         strict: bool = True,
         weights_only: bool = True,
+        wanted: Collection[str] = (),
     ) -> dict[str, Any]:
         """Load into modules and optimizers, each rank its own shards, whatever the layout was that saved.
 
@@ -81,6 +84,7 @@ class ShardedCheckpoints:
             optimizers: By key.
             strict: The names of the weights must be the same.
             weights_only: ``False`` lets ``meta`` run any code.
+            wanted: What has to be in ``meta``.
 
         Returns:
             ``meta``.
@@ -88,19 +92,34 @@ class ShardedCheckpoints:
         Raises:
             CheckpointError: It is missing, torn, altered, unsafe, or of another model; nothing has been changed.
             ValueError: It is of another optimizer; nothing has been changed.
+            KeyError: Something that is asked for is not in it; nothing has been changed.
         """
         self.finish()
-        shapes = read_shapes(path)
-        rests = read_meta(path, weights_only=weights_only).get(OPTIMIZERS, {})
+        looked: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+        def look() -> None:
+            shapes, meta = read_shapes(path), read_meta(path, weights_only=weights_only)
+            rests = meta.get(OPTIMIZERS, {})
+            require_keys({**meta, **shapes, **rests}, [*modules, *optimizers, *wanted], path)
+            for key, module in modules.items():
+                check_weights(shapes[key], module, strict=strict, source=str(path))
+            for key, optimizer in optimizers.items():
+                optimizer.check_state_dict(from_named(shapes.get(key, {}), rests[key]))
+            looked.append((shapes, rests))
+
+        Processes.of(None).together(look)
+        shapes, rests = looked[0]
         targets: dict[str, Any] = {}
         for key, module in modules.items():
-            check_weights(shapes.get(key, {}), module, strict=strict, source=str(path))
-            targets[key] = {name: own for name, own in sharded_weights(module).items() if name in shapes.get(key, {})}
+            held = {canonical_name(name): value for name, value in sharded_weights(module).items()}
+            names = {name: canonical_name(name) for name in shapes[key]}
+            targets[key] = {name: held[own] for name, own in names.items() if own in held}
         for key, optimizer in optimizers.items():
-            if key not in rests:
-                raise KeyError(f"{path}: there is no state of an optimizer under {key!r}; there is {sorted(rests)}.")
-            optimizer.check_state_dict(from_named(shapes.get(key, {}), rests[key]))
-            targets[key], _ = to_named(optimizer.state_dict())
+            state, _ = to_named(optimizer.state_dict())
+            targets[key] = {
+                name: {entry: state[name][entry] for entry in saved if entry in state[name]}
+                for name, saved in shapes.get(key, {}).items()
+            }
         meta = load_folder(path, targets, weights_only=weights_only)
         for key, optimizer in optimizers.items():
             optimizer.load_state_dict(from_named(targets[key], rests[key]))
@@ -136,6 +155,17 @@ class ShardedCheckpoints:
             if self._saver is not None:
                 self._saver.close()
                 self._saver = None
+
+
+def require_keys(found: Collection[str], keys: Collection[str], path: object) -> None:
+    """Raise if something that is asked for is not in a checkpoint.
+
+    Raises:
+        KeyError: It is not.
+    """
+    missing = [key for key in keys if key not in found]
+    if missing:
+        raise KeyError(f"{path} has nothing under {missing}; it has {sorted(found)}.")
 
 
 def _remove(path: Path) -> None:

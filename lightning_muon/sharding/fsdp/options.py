@@ -36,7 +36,7 @@ class FSDPOptions:
         exchange_mb: MiB that a rank sends to the owners of matrices at a time, in float32. Less leaves less memory in
             flight, more makes larger batches for the orthogonalisation.
         exchange_dtype: What matrices and updates travel as. ``None`` takes bfloat16 where the orthogonalisation runs in
-            16 bits, as by default on CUDA, and float32 elsewhere.
+            bfloat16, as by default on CUDA, and float32 elsewhere.
         missing_gradients: A parameter got a gradient on some ranks only. ``"zero"`` averages with zeros, as DDP does;
             ``"skip"`` leaves it alone in this step; ``"raise"`` is an error on every rank, and what ``None`` means with
             torch 2.13 or later. Before, FSDP2 has no way to find out, and every rank must use the same parameters.

@@ -37,8 +37,8 @@ class ShardPartition:
         module: The sharded module.
         missing: What is done about gradients that some ranks lack.
         stage_bytes: What a rank sends to owners in one stage, about, in float32.
-        exchange_dtype: What values travel as; ``None`` for bfloat16 where matrices are orthogonalised in 16 bits, which
-            loses nothing on the way back, and as they are elsewhere.
+        exchange_dtype: What values travel as; ``None`` for bfloat16 where matrices are orthogonalised in bfloat16,
+            which loses nothing on the way back, and as they are elsewhere.
         group: The process group of all ranks that hold something; ``None`` is the default one.
 
     Raises:
@@ -89,7 +89,7 @@ class ShardPartition:
             wide = {torch.promote_types(params[name].dtype, torch.float32) for name in used} or {torch.float32}
             like = torch.empty(0, dtype=wide.pop(), device=self._device)
             narrow = {groups[name]["orthogonalization_dtype"] or default_dtype(like) for name in used}
-            sent_as = torch.bfloat16 if narrow and all(dtype.itemsize == 2 for dtype in narrow) else like.dtype
+            sent_as = torch.bfloat16 if narrow == {torch.bfloat16} else like.dtype
             self._stages.append(routes_of(transfers, self.rank, self.world_size, like, exchange_dtype or sent_as))
 
     def describe(self) -> str:

@@ -12,6 +12,7 @@ from torch import nn
 from lightning_muon.muon import Muon
 from lightning_muon.sharding.fsdp.missing import MissingFSDPGradients
 from lightning_muon.sharding.fsdp.partition import ShardPartition
+from lightning_muon.sharding.fsdp.shard_module import require_sharded
 
 __all__ = ["shard_optimizer"]
 
@@ -43,9 +44,10 @@ def shard_optimizer(
         tell: What to do with a sentence for the user, on every rank.
 
     Raises:
-        ValueError: A parameter is held in a way that Muon cannot bring together; on every rank.
+        ValueError: A parameter is not sharded, or held in a way that Muon cannot bring together; on every rank.
         RuntimeError: The ranks disagree, or the optimizer has stepped; on every rank.
     """
+    require_sharded(module)
     missing = missing or MissingFSDPGradients(None, group)
     partition = ShardPartition(optimizer, module, missing, int(exchange_mb * 2**20), exchange_dtype, group)
     optimizer.shard(partition)
