@@ -55,7 +55,7 @@ def match(
     if not all("param_names" in group for group in saved_groups):
         raise ValueError(
             "This optimizer state has no parameter names; it was not saved by lightning_muon.Muon. Load the weights"
-            " alone."
+            " alone, and take over what can be kept of it by lightning_muon.take_over."
         )
     saved = {
         name: (group, state_dict["state"].get(index, {}))
@@ -66,8 +66,9 @@ def match(
     missing, unexpected = sorted(set(names) - set(saved)), sorted(set(saved) - set(names))
     if missing or unexpected:
         raise ValueError(
-            "This optimizer state is of another model."
-            f" Parameters it lacks: {_some(missing)}. Parameters it has besides: {_some(unexpected)}."
+            "This optimizer state is of another model, or other parameters were trained (some frozen or tied, say)."
+            f" Trained now and not in it: {_some(missing)}. In it and not trained now: {_some(unexpected)}."
+            " Build the model as the saved run did, or load the weights alone. Nothing has been changed."
         )
     groups = []
     for group in param_groups:

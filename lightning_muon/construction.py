@@ -92,7 +92,8 @@ def settle(
         raise ValueError(
             f"This optimizer state was trained with other hyper-parameters: {_some(faults)}. Construct Muon with"
             ' the saved ones, or say which ones count: Muon(..., hyperparameters_on_load="saved") goes on with those of'
-            ' the checkpoint, as torch does, and "current" with those given now. Nothing has been changed.'
+            ' the checkpoint, as torch does, and "current" with those given now, but for what a learning-rate scheduler'
+            " restores from the checkpoint itself. Nothing has been changed."
         )
     return kept, settled
 

@@ -385,7 +385,8 @@ class Muon(Optimizer):
             raise RuntimeError(
                 "The parameters are sharded (DTensor), and the optimizer does not know with whom. Use the strategy"
                 " 'muon_fsdp'; or, without Lightning, call lightning_muon.sharding.fsdp.shard_optimizer(optimizer,"
-                " module) on every process, before the first step and before a state is loaded."
+                " module) on every process, before the first step and before a state is loaded. In a Trainer the"
+                " strategy does that after configure_optimizers: load or take over a state from on_fit_start on."
             )
         for name, param in self.named_parameters():
             ranges = self.local_ranges(name, param)

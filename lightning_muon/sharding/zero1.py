@@ -97,7 +97,7 @@ def require_muon(optimizer: Optimizer, strategy: str) -> Muon:
     raise TypeError(
         f"{strategy} needs lightning_muon.Muon and got {type(optimizer).__module__}.{type(optimizer).__qualname__}."
         " Return `lightning_muon.Muon(self, lr=...)` from configure_optimizers (or pass it to fabric.setup); it trains"
-        " what is no matrix by AdamW. To train everything by AdamW under this strategy, pass it the group"
+        " what is no matrix by AdamW. To train everything by AdamW under this strategy, pass lm.Muon the group"
         ' [{"params": list(self.named_parameters()), "algorithm": "adamw"}].'
     )
 

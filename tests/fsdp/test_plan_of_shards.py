@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import lightning_muon as lm
 from lightning_muon.matrices import MatrixLayout
@@ -213,6 +213,7 @@ def columns_in_pieces():
     model = Strange()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     model.conv.weight = nn.Parameter(distribute_tensor(model.conv.weight.detach(), mesh, [Shard(2)]))
+    model.conv.bias.requires_grad_(False)
     with pytest.raises(ValueError, match=r"conv\.weight.*columns"):
         adopt(lm.Muon(model), model)
 
@@ -220,7 +221,9 @@ def columns_in_pieces():
 def ranks_disagree():
     model = Injected({"w": (4, 4), "v": (3,) if dist.get_rank() else (4,)})
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    model.w = nn.Parameter(distribute_tensor(model.w.detach(), mesh, [Shard(0)]))
+    for name in ("w", "v"):
+        local = model.get_parameter(name).detach()
+        setattr(model, name, nn.Parameter(DTensor.from_local(local, mesh, [Shard(0)], run_check=False)))
     with pytest.raises(RuntimeError, match="parameter 'v'"):
         adopt(lm.Muon(model), model)
 

@@ -59,6 +59,7 @@ class FullySharded:
             blocks = find_blocks(module, options.wrap)
             again = options.activation_checkpointing
             recomputed = {} if again is False else blocks if again is True else find_blocks(module, again)
+            units = describe_blocks(blocks, self.strategy)  # by the classes' own names, which fully_shard changes
             shard_module(
                 module,
                 mesh,
@@ -70,7 +71,7 @@ class FullySharded:
             )
             reduce_scatter_pairwise(module, mesh)
             more = f" Activations of {len(recomputed)} modules are computed again in backward." if recomputed else ""
-            self.tell(describe_blocks(blocks, self.strategy) + more)
+            self.tell(units + more)
         drop_gathered(module)  # an evaluation may have left weights gathered
         require_sharded(module, self.strategy)
         for step in _STEPS:

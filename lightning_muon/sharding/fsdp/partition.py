@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_muon.exchange import Exchange
-from lightning_muon.local import local
+from lightning_muon.local import local, local_numel
 from lightning_muon.matrices import MatrixKey, MatrixLayout, MatrixPart
 from lightning_muon.muon import Muon
 from lightning_muon.orthogonalize import default_dtype
@@ -98,11 +98,15 @@ class ShardPartition:
         mean = sum(flops) / self.world_size
         sent = sum((routes.to_owners.sent + routes.back.sent) * routes.sent_as.itemsize for routes in self._stages)
         kinds = ", ".join(sorted({str(routes.sent_as).removeprefix("torch.") for routes in self._stages}))
+        copies = max(self._copies.values())
+        weights = sum(local_numel(param) * param.element_size() for param in self._params.values())
         units = sum(isinstance(part, FSDPModule) for part in self.module.modules())
+        shared = f"{self.world_size // copies} processes" + (f" in {copies} copies" if copies > 1 else "")
         return (
-            f"muon_fsdp: {len(self._params)} parameters in {units} units, sharded over {self.world_size} processes;"
-            f" this one sends {sent / 2**20:.2f} MiB to owners and back in a step, as {kinds}, in {len(self._stages)}"
-            " stages; orthogonalisation" + (f" work largest / mean {max(flops) / mean:.2f}." if mean else ": nothing.")
+            f"muon_fsdp: {len(self._params)} parameters in {units} units, sharded over {shared}, {weights / 2**20:.2f}"
+            f" MiB of weights on this one; it sends {sent / 2**20:.2f} MiB to owners and back in a step, as {kinds}, in"
+            f" {len(self._stages)} stages; orthogonalisation"
+            + (f" work largest / mean {max(flops) / mean:.2f}." if mean else ": nothing.")
         )
 
     def ranges(self, name: str, numel: int) -> Sequence[Range]:

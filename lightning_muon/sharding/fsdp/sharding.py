@@ -51,4 +51,5 @@ def shard_optimizer(
     missing = missing or MissingFSDPGradients(None, group)
     partition = ShardPartition(optimizer, module, missing, int(exchange_mb * 2**20), exchange_dtype, group)
     optimizer.shard(partition)
-    tell(f"{partition.describe()} optimizer.explain() shows each parameter.")
+    state = f" {optimizer.local_state_bytes() / 2**20:.2f} MiB of optimizer state here."
+    tell(f"{partition.describe()}{state} optimizer.explain() shows each parameter.")
