@@ -1,4 +1,4 @@
-"""Tensors apart from everything else: what a sharded checkpoint cuts into pieces, and what it keeps as it is."""
+"""Nested dictionaries of tensors: what a sharded checkpoint cuts into pieces."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["check_tensors", "flatten", "join", "nest", "separate"]
+__all__ = ["check_tensors", "flatten", "nest"]
 
 Path = tuple[str, ...]
 
@@ -29,8 +29,8 @@ def flatten(state: Mapping[str, Any], path: Path = ()) -> Iterator[tuple[Path, T
             yield from flatten(value, where)
         else:
             raise TypeError(
-                f"{'.'.join(where)!r} is a {type(value).__name__}; the sharded part of a checkpoint holds tensors. Put"
-                " the rest into meta; lightning_muon.checkpoint.tensors.separate does."
+                f"{'.'.join(where)!r} is a {type(value).__name__}; the sharded part of a checkpoint holds tensors only."
+                " Save one file (save_distributed_checkpoint=False), or keep it out of the module's state."
             )
 
 
@@ -49,32 +49,3 @@ def nest(values: Mapping[Path, Any]) -> dict[str, Any]:
             inner = inner.setdefault(key, {})
         inner[path[-1]] = value
     return nested
-
-
-def separate(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Nested dictionaries, once with the tensors and once with everything else.
-
-    Only dictionaries with text for keys are looked into; a list goes with the rest as it is.
-    """
-    tensors: dict[str, Any] = {}
-    rest: dict[str, Any] = {}
-    for key, value in state.items():
-        if isinstance(value, Tensor):
-            tensors[key] = value
-        elif isinstance(value, Mapping) and value and all(isinstance(inner, str) for inner in value):
-            inner_tensors, inner_rest = separate(value)
-            if inner_tensors:
-                tensors[key] = inner_tensors
-            if inner_rest or not inner_tensors:
-                rest[key] = inner_rest
-        else:
-            rest[key] = value
-    return tensors, rest
-
-
-def join(tensors: Mapping[str, Any], rest: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``separate`` took apart."""
-    joined = dict(rest)
-    for key, value in tensors.items():
-        joined[key] = join(value, rest.get(key, {})) if isinstance(value, Mapping) else value
-    return joined

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-__all__ = ["MissingGradients", "MissingPolicy"]
+__all__ = ["MissingGradients", "MissingPolicy", "count_present", "missing_error"]
 
 MissingPolicy = Literal["raise", "zero", "skip"]
 
@@ -48,21 +48,42 @@ class MissingGradients:
         """
         if self.policy == "zero" or not names:
             return
-        is_present = torch.tensor([param in self._present for param in names], dtype=torch.int32)
-        counts = is_present.to(next(iter(names)).device)
-        dist.all_reduce(counts, group=self.group)
-        world_size = dist.get_world_size(self.group)
-        partly = {param: count for param, count in zip(names, counts.tolist(), strict=True) if 0 < count < world_size}
+        counts = count_present([param in self._present for param in names], names, self.group)
+        partly = [param for param, count in counts.items() if count]
         if self.policy == "skip":
             for param in partly:
                 param.grad = None
         elif partly:
-            found = ", ".join(f"{names[param]} (on {count} of {world_size} ranks)" for param, count in partly.items())
-            raise RuntimeError(
-                f"Parameters that got a gradient on some ranks only: {found}. Pass missing_gradients='zero' to the"
-                " strategy to average with zeros, as DDP does, or 'skip' to leave such a parameter alone for the step."
-            )
+            raise missing_error(counts, names, self.group)
 
     def forget(self, params: Iterable[nn.Parameter]) -> None:
         """The step of these is over, or their gradients have been dropped."""
         self._present.difference_update(params)
+
+
+def count_present(
+    is_present: Sequence[bool], names: Mapping[nn.Parameter, str], group: dist.ProcessGroup | None
+) -> dict[nn.Parameter, int]:
+    """On how many ranks each parameter got a gradient, where that is not all of them. Every rank must call it.
+
+    Args:
+        is_present: Whether it did on this rank, for each of ``names``.
+        names: The parameters, in an order that is the same on all ranks.
+        group: The process group; `None` is the default one.
+    """
+    counts = torch.tensor(is_present, dtype=torch.int32).to(next(iter(names)).device)
+    dist.all_reduce(counts, group=group)
+    world_size = dist.get_world_size(group)
+    return {param: count for param, count in zip(names, counts.tolist(), strict=True) if count < world_size}
+
+
+def missing_error(
+    counts: Mapping[nn.Parameter, int], names: Mapping[nn.Parameter, str], group: dist.ProcessGroup | None
+) -> RuntimeError:
+    """The error that names the parameters that some ranks have a gradient of, and on how many."""
+    size = dist.get_world_size(group)
+    found = ", ".join(f"{names[param]} (on {count} of {size} ranks)" for param, count in counts.items() if count)
+    return RuntimeError(
+        f"Parameters that got a gradient on some ranks only: {found}. Pass missing_gradients='zero' to the"
+        " strategy to average with zeros, as DDP does, or 'skip' to leave such a parameter alone for the step."
+    )

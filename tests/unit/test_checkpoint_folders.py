@@ -17,7 +17,6 @@ import lightning_muon as lm
 from lightning_muon.checkpoint.errors import CheckpointError
 from lightning_muon.checkpoint.folders import is_sharded, load_folder, load_whole, read_shapes, save_folder
 from lightning_muon.checkpoint.named import from_named, to_named
-from lightning_muon.checkpoint.tensors import join, separate
 from tests.models import awkward_model, token_batches
 
 META = {"epoch": 3, "groups": [{"lr": 0.1, "betas": (0.9, 0.95)}], "rng": torch.arange(4)}
@@ -240,14 +239,6 @@ def test_a_manifest_names_no_file_outside(saved):
     del content["files"][".metadata"]
     (saved / "manifest.json").write_text(json.dumps(content))
     refused(saved, r"does not name meta\.pt and \.metadata")
-
-
-def test_tensors_apart_and_together_again():
-    mixed = {"a": torch.ones(2), "b": {"c": torch.ones(1), "d": 3, "e": {}}, "f": {0: torch.ones(1)}, "g": [1], "h": {}}
-    tensors, rest = separate(mixed)
-    assert tensors == {"a": mixed["a"], "b": {"c": mixed["b"]["c"]}}
-    assert rest == {"b": {"d": 3, "e": {}}, "f": mixed["f"], "g": [1], "h": {}}
-    assert join(tensors, rest) == mixed
 
 
 def test_number_keys_are_refused(tmp_path):

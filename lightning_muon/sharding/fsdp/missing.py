@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from lightning_muon.sharding.missing import MissingPolicy
+from lightning_muon.sharding.missing import MissingPolicy, count_present, missing_error
 
 __all__ = ["MissingFSDPGradients"]
 
@@ -78,21 +78,12 @@ class MissingFSDPGradients:
             return
         watched = {entry.sharded_param for entry in self._watched.values()}
         present = [param in self._present or (param not in watched and param.grad is not None) for param in names]
-        is_present = torch.tensor(present, dtype=torch.int32)
-        counts = is_present.to(next(iter(names)).device)
-        dist.all_reduce(counts, group=self.group)
-        world_size = dist.get_world_size(self.group)
-        found = {param: count for param, count in zip(names, counts.tolist(), strict=True) if count < world_size}
-        partly = {param: count for param, count in found.items() if count}
-        for param, count in found.items():
+        counts = count_present(present, names, self.group)
+        for param, count in counts.items():
             if not count or self.policy == "skip":
                 param.grad = None  # zeros that FSDP2 has reduced
-        if partly and self.policy == "raise":
-            listed = ", ".join(f"{names[param]} (on {count} of {world_size} ranks)" for param, count in partly.items())
-            raise RuntimeError(
-                f"Parameters that got a gradient on some ranks only: {listed}. Pass missing_gradients='zero' to the"
-                " strategy to average with zeros, as DDP does, or 'skip' to leave such a parameter alone for the step."
-            )
+        if self.policy == "raise" and any(counts.values()):
+            raise missing_error(counts, names, self.group)
 
     def forget(self, params: Iterable[nn.Parameter]) -> None:
         """The step of these is over, or their gradients have been dropped."""

@@ -68,8 +68,8 @@ class ShardPartition:
         }
         announced = announce(optimizer, options, group)
         held = {name: [one.shards[name] for one in announced] for name in announced[0].shards}  # in rank 0's order
-        self.plan = plan_shards(optimizer, held, [one.host for one in announced], stage_bytes)
         self._held, self._hosts, self._shards = held, [one.host for one in announced], announced[self.rank].shards
+        self.plan = plan_shards(optimizer, held, self._hosts, stage_bytes)
         self._readings: dict[str, StageTransfers] = {}
         self._reading_loads = Loads.none(self.world_size)
         self._copies = {name: shards.count(self._shards[name]) for name, shards in held.items()}
@@ -149,7 +149,7 @@ class ShardPartition:
             routes = routes_of(self._readings[name], self.rank, self.world_size, like)
             exchange = ShardExchange(routes, (), self.group)
             flat = local(weight).reshape(-1)
-            exchange.gather([(part, part.view(flat)) for part in self._shards[name].parts(name, layout)])
+            exchange.gather([(part, part.view(flat)) for part in self._parts[name]])
             yield from exchange.matrices().items()
 
     def stages(self, names: Sequence[str]) -> Sequence[Collection[str]]:
