@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from lightning_muon.monitoring import Request, collect
 from lightning_muon.monitoring.collect import Mode
-from lightning_muon.sharding.zero1 import require_muon
+from lightning_muon.sharding.require import require_muon
 
 __all__ = ["log_optimizer"]
 

@@ -17,7 +17,8 @@ from lightning_muon.fabric.checkpoint_io import WholeCheckpoints
 from lightning_muon.sharding.clipping import ClipScope, clip_grad_norm_
 from lightning_muon.sharding.missing import MissingPolicy
 from lightning_muon.sharding.precision import share_overflows
-from lightning_muon.sharding.zero1 import Zero1, Zero1Options, require_muon
+from lightning_muon.sharding.require import require_muon
+from lightning_muon.sharding.zero1 import Zero1, Zero1Options
 
 if TYPE_CHECKING:
     from lightning.fabric.strategies.registry import _StrategyRegistry

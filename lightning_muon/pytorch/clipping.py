@@ -7,7 +7,7 @@ from lightning.pytorch.plugins import Precision
 from torch.optim import Optimizer
 
 from lightning_muon.sharding.clipping import ClipScope, clip_grad_norm_
-from lightning_muon.sharding.zero1 import require_muon
+from lightning_muon.sharding.require import require_muon
 
 __all__ = ["clip_by_the_whole_norm", "restore_clipping"]
 

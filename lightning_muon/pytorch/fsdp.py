@@ -37,7 +37,7 @@ from lightning_muon.sharding.fsdp.shard_module import drop_gathered, is_sharded
 from lightning_muon.sharding.fsdp.weights import load_whole_weights, sharded_weights, whole_weights
 from lightning_muon.sharding.missing import MissingPolicy
 from lightning_muon.sharding.precision import share_overflows
-from lightning_muon.sharding.zero1 import require_muon
+from lightning_muon.sharding.require import require_muon
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl

@@ -18,9 +18,10 @@ from lightning_muon.sharding.at_exit import end_process_group_at_exit
 from lightning_muon.sharding.clipping import ClipScope
 from lightning_muon.sharding.missing import MissingGradients, MissingPolicy
 from lightning_muon.sharding.reduce import GradientReducer
+from lightning_muon.sharding.require import require_muon
 from lightning_muon.sharding.zero1_partition import Zero1Partition
 
-__all__ = ["Zero1", "Zero1Options", "require_muon"]
+__all__ = ["Zero1", "Zero1Options"]
 
 _logger = logging.getLogger(__name__)
 
@@ -84,22 +85,6 @@ class Zero1Options:
                 )
             options["find_unused_parameters"] = True
         return options
-
-
-def require_muon(optimizer: Optimizer, strategy: str) -> Muon:
-    """The optimizer, if it is one that the strategy can shard.
-
-    Raises:
-        TypeError: It is another optimizer.
-    """
-    if isinstance(optimizer, Muon):
-        return optimizer
-    raise TypeError(
-        f"{strategy} needs lightning_muon.Muon and got {type(optimizer).__module__}.{type(optimizer).__qualname__}."
-        " Return `lightning_muon.Muon(self, lr=...)` from configure_optimizers (or pass it to fabric.setup); it trains"
-        " what is no matrix by AdamW. To train everything by AdamW under this strategy, pass lm.Muon the group"
-        ' [{"params": list(self.named_parameters()), "algorithm": "adamw"}].'
-    )
 
 
 class Zero1:

@@ -18,7 +18,7 @@ from lightning_muon.sharding.fsdp.options import FSDPOptions
 from lightning_muon.sharding.fsdp.reduce_scatter import reduce_scatter_pairwise
 from lightning_muon.sharding.fsdp.shard_module import drop_gathered, is_sharded, require_sharded, shard_module
 from lightning_muon.sharding.fsdp.sharding import shard_optimizer
-from lightning_muon.sharding.zero1 import require_muon
+from lightning_muon.sharding.require import require_muon
 
 __all__ = ["FullySharded"]
 
