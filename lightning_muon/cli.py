@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from lightning_muon.planning.command import add_plan
 from lightning_muon.planning.errors import UsageError
+from lightning_muon.scaling.command import add_fit
 
 __all__ = ["main"]
 
@@ -24,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="lightning-muon", description="Tools around the Muon optimizer.")
     subcommands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     add_plan(subcommands)
+    add_fit(subcommands)
     options = parser.parse_args(arguments)
     try:
         output = options.run(options)

@@ -129,6 +129,8 @@ def _words(layout: MatrixLayout) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.item()
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
     return tuple(_plain(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from lightning_muon.orthogonalize import default_dtype
+from lightning_muon.choosing import StepCounts, describe_counts
+from lightning_muon.orthogonalize import lowest_default_dtype
 from lightning_muon.routing import Route
 from lightning_muon.updates import update_scale
 
@@ -16,8 +17,9 @@ __all__ = ["explain"]
 _HEADER = ("parameter", "shape", "route", "matrices", "scale", "rule")
 
 
-def explain(param_groups: Sequence[Mapping[str, Any]], routes: Mapping[str, Route]) -> str:
-    """Every parameter with its shape, route, matrices, scale and the rule that decided; then the settings."""
+def explain(param_groups: Sequence[Mapping[str, Any]], routes: Mapping[str, Route], step_counts: StepCounts) -> str:
+    """Every parameter with its shape, route, matrices, scale and the rule that decided; then the settings, and what
+    ``"auto"`` has chosen."""
     rows, counts = [_HEADER], {"muon": 0, "adamw": 0}
     settings = []
     for group in param_groups:
@@ -34,7 +36,15 @@ def explain(param_groups: Sequence[Mapping[str, Any]], routes: Mapping[str, Rout
     table.insert(1, "  ".join("-" * width for width in widths))
     total = sum(counts.values())
     shares = ", ".join(f"{name} {count:,} ({count / total:.1%})" for name, count in counts.items())
-    return "\n".join([*table, "", f"{total:,} parameters: {shares}", *settings])
+    return "\n".join([*table, "", f"{total:,} parameters: {shares}", *settings, *_chosen(step_counts)])
+
+
+def _chosen(step_counts: StepCounts) -> list[str]:
+    if not step_counts.counts:
+        return []
+    width = max(map(len, step_counts.counts))
+    lines = [f"  {name.ljust(width)}  {describe_counts(counts)}" for name, counts in step_counts.counts.items()]
+    return [f"orthogonalization='auto', chosen by optimizer step {step_counts.step}:", *lines]
 
 
 def _scales(scale: str, decision: Route) -> str:
@@ -50,9 +60,9 @@ def _settings(group: Mapping[str, Any]) -> str:
     keys += ["momentum", "nesterov", "scale"] if group["algorithm"] == "muon" else ["betas", "eps"]
     text = f"group {group['name']!r} by {group['algorithm']}: " + ", ".join(f"{key}={group[key]!r}" for key in keys)
     if group["algorithm"] == "muon":
-        # the momentum is what is orthogonalised, and it is float32 for 16-bit parameters
         param = group["params"][0]
-        momentum = torch.empty(0, dtype=torch.promote_types(param.dtype, torch.float32), device=param.device)
-        dtype = group["orthogonalization_dtype"] or default_dtype(momentum)
-        text += f", orthogonalization={group['orthogonalization']!r} in {dtype} on {param.device.type}"
+        dtype = group["orthogonalization_dtype"] or lowest_default_dtype(param.dtype, param.device)
+        small = dtype == torch.bfloat16 and group["orthogonalization_dtype"] is None
+        words = f"{dtype} (float32 below a short side of 128)" if small else f"{dtype}"
+        text += f", orthogonalization={group['orthogonalization']!r} in {words} on {param.device.type}"
     return text

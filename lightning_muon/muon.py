@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_muon import canonical_state
 from lightning_muon.adamw_step import step_adamw
+from lightning_muon.choosing import Chooser, StepCounts, Treatment
 from lightning_muon.construction import CONSTRUCTION, HyperparametersOnLoad, constructed_options, describe, settle
 from lightning_muon.empty_state import empty_state, is_empty
 from lightning_muon.explain import explain
@@ -20,6 +21,13 @@ from lightning_muon.guard import gradients_are_finite, nonfinite_error
 from lightning_muon.local import local, local_numel
 from lightning_muon.matrices import MatrixKey, MatrixLayout
 from lightning_muon.muon_step import HeldMatrices, MatrixOptions, MuonStage, UpdateRecord, zero_gradients
+from lightning_muon.orthogonalize import (
+    Orthogonalization,
+    auto_settings,
+    check_range,
+    lowest_default_dtype,
+    nominal_sequence,
+)
 from lightning_muon.owned import OwnedParameter
 from lightning_muon.param_groups import Router, as_param_groups, check_options, unique_name
 from lightning_muon.partition import Alone, NamedState, Partition
@@ -60,8 +68,12 @@ class Muon(Optimizer):
         nesterov: Orthogonalise ``(1-μ)G + μM`` and not ``M``.
         scale: ``"match_rms_adamw"`` = 0.2·√max(rows, cols); ``"original"`` = √max(1, rows/cols);
             ``"spectral"`` = √(rows/cols).
-        orthogonalization: A name (see ``lightning_muon.orthogonalize``) or a sequence of ``(a, b, c)``.
-        orthogonalization_dtype: ``None`` takes bfloat16 on CUDA and float32 elsewhere.
+        orthogonalization: What ``lightning_muon.orthogonalize`` takes; or ``"auto"``, which looks at the spectrum of
+            each matrix's momentum now and then and takes the fewest steps that lift all but its lowest 10 % to within
+            0.1 of 1; ``{"name": "auto", "quantile": 0.1, "band": 0.1, "every": 100, "most_steps": 8}`` says it in
+            full (``lightning_muon.orthogonalize.Auto``).
+        orthogonalization_dtype: ``None`` takes float16 on CUDA, bfloat16 for matrices with a short side of 128 or more
+            on a CPU that has instructions for it, and float32 elsewhere.
         adamw_lr: Learning rate of the rest; ``None`` means ``lr``.
         betas: AdamW's.
         eps: AdamW's.
@@ -105,7 +117,7 @@ class Muon(Optimizer):
         momentum: float = 0.95,
         nesterov: bool = True,
         scale: str = "match_rms_adamw",
-        orthogonalization: str | Sequence[Sequence[float]] = "polar_express5",
+        orthogonalization: Orthogonalization = "polar_express5",
         orthogonalization_dtype: torch.dtype | None = None,
         adamw_lr: float | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
@@ -141,6 +153,9 @@ class Muon(Optimizer):
         self._consolidated: NamedState = {}
         self._constructed: list[dict[str, Any]] = []
         self._update_records: list[UpdateRecord] = []
+        self._step_counts = StepCounts()
+        self._watched: frozenset[str] | None = None
+        self._momentum_spectra: dict[MatrixKey, Tensor] = {}
         self.last_grad_norms: dict[str, Tensor] = {}  # in place, too
         defaults = {
             "lr": lr,
@@ -207,6 +222,7 @@ class Muon(Optimizer):
         self._create_state()
         self._consolidated.clear()
         self._update_records = []
+        self._momentum_spectra = {}
         if self._may_step():
             self._update()
         self._partition.end_step()
@@ -233,6 +249,9 @@ class Muon(Optimizer):
         idle = self._left_alone(names)
         stages = [frozenset(stage) for stage in self._partition.stages(names)]
         options = self._matrix_options()
+        treatments = {name: one.treatment for name, one in options.items()}
+        self._step_counts.step += 1
+        chooser = Chooser(treatments, self._step_counts, self._watched or frozenset())
         sent: deque[MuonStage] = deque()
         returning: deque[tuple[int, MuonStage]] = deque()
         for number in range(len(stages) + self._partition.ahead):
@@ -242,12 +261,21 @@ class Muon(Optimizer):
                 self._update_elementwise(stages[number])
             if number >= self._partition.ahead:
                 stage = sent.popleft()
-                self._update_records += stage.orthogonalize()
+                self._update_records += stage.orthogonalize(chooser, with_telemetry=self._watched is not None)
                 returning.append((number - self._partition.ahead, stage))
             while returning and (len(returning) > self._partition.ahead or not sent):
                 finished, stage = returning.popleft()
                 stage.finish()
                 self._partition.publish(finished)
+        self._settle(chooser, treatments)
+        self._momentum_spectra, self._watched = chooser.spectra, None
+
+    def _settle(self, chooser: Chooser, treatments: Mapping[str, Treatment]) -> None:
+        """All processes learn what the owners have chosen."""
+        if self._step_counts.is_due(treatments.values()):
+            device = next(param for _, param in self.named_parameters()).device
+            chosen = torch.tensor(chooser.settled(), dtype=torch.float32, device=device)
+            self._step_counts.adopt(treatments, [int(count) for count in self._partition.maximum(chosen).tolist()])
 
     def _left_alone(self, names: Sequence[str]) -> Container[MatrixKey]:
         """The matrices that take no part in a step."""
@@ -276,12 +304,25 @@ class Muon(Optimizer):
         ]
 
     def _matrix_options(self) -> dict[str, MatrixOptions]:
+        """Of all that Muon trains.
+
+        Raises:
+            ValueError: A sequence is not safe in the precision that it would run in.
+        """
         return {
-            name: MatrixOptions(group, self._layout(name).transposed)
+            name: MatrixOptions(group, self._layout(name).transposed, treatment)
             for group in self.param_groups
             if group["algorithm"] == "muon"
-            for name in group["param_names"]
+            for name, treatment in self._treatments(group)
         }
+
+    def _treatments(self, group: Mapping[str, Any]) -> Iterator[tuple[str, Treatment]]:
+        auto, dtype = auto_settings(group["orthogonalization"]), group["orthogonalization_dtype"]
+        sequence = nominal_sequence(group["orthogonalization"])
+        for name, param in zip(group["param_names"], group["params"], strict=True):
+            if sequence is not None:
+                check_range(sequence, dtype or lowest_default_dtype(param.dtype, param.device))
+            yield name, Treatment(sequence, auto, dtype, self._layout(name).num_matrices)
 
     def _update_elementwise(self, names: Container[str]) -> None:
         held = list(self._held("adamw", names))
@@ -351,11 +392,36 @@ class Muon(Optimizer):
         """The size of the last step's updates of this process's matrices, for the monitors."""
         return self._update_records
 
+    def watch_next_step(self, spectra: Container[str] | None = None) -> None:
+        """Have the next step keep what it sees of the momentum, for ``update_records`` and ``momentum_spectra``.
+
+        Every process must ask for the same.
+
+        Args:
+            spectra: Names of the parameters whose matrices' singular values are wanted, which cost an eigenvalue
+                decomposition each; ``None`` for none.
+        """
+        self._watched = frozenset(name for name, _ in self.named_parameters() if spectra and name in spectra)
+
+    @property
+    def momentum_spectra(self) -> Mapping[MatrixKey, Tensor]:
+        """Of the last step, where ``watch_next_step`` asked for them: the singular values of what was orthogonalised
+        (with Nesterov's look ahead, where that is on), descending, relative to its Frobenius norm, of this process's
+        matrices."""
+        return self._momentum_spectra
+
+    @property
+    def step_counts(self) -> Mapping[str, Sequence[int]]:
+        """How many iteration steps each matrix takes, of the parameters with ``orthogonalization="auto"``; 0 before it
+        was looked at."""
+        return self._step_counts.counts
+
     def explain(self) -> str:
         """A table as text: every parameter, its shape, route, matrices, scale, and the rule that decided; and how the
         work is shared out, where a strategy has done that."""
         shared_out = self._partition.describe()
-        return explain(self.param_groups, self.routes) + (f"\n{shared_out}" if shared_out else "")
+        table = explain(self.param_groups, self.routes, self._step_counts)
+        return table + (f"\n{shared_out}" if shared_out else "")
 
     # ------------------------------------------------------------------ state
 
@@ -421,7 +487,7 @@ class Muon(Optimizer):
                 " of them first, then state_dict() on process 0; fabric.save and the Trainer do this by themselves."
             )
         state = canonical_state.pack(super().state_dict(), dict(self.named_parameters()), self._consolidated)
-        return {**state, CONSTRUCTION: describe(self._constructed, self.routes)}
+        return {**state, CONSTRUCTION: {**describe(self._constructed, self.routes), **self._step_counts.state()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a canonical state, whole or of ``DTensor`` s like the parameters; a process takes what it owns.
@@ -441,6 +507,8 @@ class Muon(Optimizer):
             canonical_state.unpack_(self.state[param], by_name[name], partial(self._partition.take, name))
         self._consolidated.clear()
         self._constructed[:] = constructed
+        treatments = {name: one.treatment for name, one in self._matrix_options().items()}
+        self._step_counts.load(state_dict.get(CONSTRUCTION, {}), treatments)
 
     def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Raise what ``load_state_dict`` would raise, and change nothing.
@@ -476,11 +544,22 @@ class Muon(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         policies = ("nonfinite", "idle_matrices", "master_weights", "hyperparameters_on_load")
-        own = (*policies, "skipped_steps", "last_grad_norms", "_router", "_adamw_options", "_partition", "_constructed")
+        own = (
+            *policies,
+            "skipped_steps",
+            "last_grad_norms",
+            "_router",
+            "_adamw_options",
+            "_partition",
+            "_constructed",
+            "_step_counts",
+        )
         state: dict[str, Any] = super().__getstate__()
         return {
             **state,
             **{key: getattr(self, key) for key in own},
             "_consolidated": {},
             "_update_records": [],
+            "_watched": None,
+            "_momentum_spectra": {},
         }

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_muon.choosing import Chooser, Treatment
 from lightning_muon.exchange import Exchange
 from lightning_muon.matrices import MatrixKey, MatrixPart
-from lightning_muon.orthogonalize import orthogonalize
+from lightning_muon.orthogonalize import PolynomialSequence, Probe, orthogonalize_batch
 from lightning_muon.owned import OwnedParameter, Run
 from lightning_muon.updates import apply_update_, momentum_, update_scale
 
@@ -28,10 +29,12 @@ class MatrixOptions:
     Attributes:
         group: The parameter group.
         transposed: Whether they are stored ``(in, out)``.
+        treatment: How they are orthogonalised.
     """
 
     group: Mapping[str, Any]
     transposed: bool
+    treatment: Treatment
 
     def scale(self, shape: Sequence[int]) -> float:
         """The factor on the orthogonal update of a matrix."""
@@ -73,10 +76,16 @@ class UpdateRecord:
         keys: The matrices.
         square_sums: ``(len(keys),)``, ``Σ (scale·update)²`` of each: the applied step before decay and the
             learning rate.
+        participation_ranks: ``(len(keys),)`` of what was orthogonalised, ``(Σσ²)²/Σσ⁴``; where asked for.
+        residuals: ``(len(keys),)``, ``‖XXᵀ - I‖_F/√rank`` before the iteration's last step; where asked for.
+        sequence: What was applied; ``None`` is the exact polar factor.
     """
 
     keys: tuple[MatrixKey, ...]
     square_sums: Tensor
+    participation_ranks: Tensor | None
+    residuals: Tensor | None
+    sequence: PolynomialSequence | None
 
 
 def zero_gradients(held: Iterable[HeldMatrices]) -> tuple[list[MatrixKey], Tensor]:
@@ -128,22 +137,30 @@ class MuonStage:
                 fed.append((moving.part, values))
         exchange.gather(fed)  # which keeps them only as long as it needs them
 
-    def orthogonalize(self) -> list[UpdateRecord]:
+    def orthogonalize(self, chooser: Chooser, with_telemetry: bool = False) -> list[UpdateRecord]:
         """Orthogonalise the matrices that this process owns, and start to send the updates back.
+
+        Args:
+            chooser: Says by which sequence.
+            with_telemetry: Whether the records have what the iteration's own products say.
 
         Returns:
             What the updates were.
         """
         matrices = self._exchange.matrices()
         records = []
-        for keys in self._batches(matrices):
-            updates = self._orthogonalize_batch([matrices[key] for key in keys], self._options[keys[0][0]].group)
+        for keys, sequence in self._batches(matrices, chooser.sequences(matrices)):
+            probe = Probe() if with_telemetry and sequence is not None else None
+            stack = torch.stack([_wide(matrices[key]) for key in keys])
+            updates = orthogonalize_batch(stack, sequence, self._options[keys[0][0]].treatment.dtype, probe)
             shaped = zip(keys, updates, strict=True)
             back = {key: update if matrices[key].shape == update.shape else update.mT for key, update in shaped}
             self._apply(self._exchange.give_back(back))
             scales = [self._options[name].scale(matrices[name, number].shape) for name, number in keys]
             norms = torch.linalg.vector_norm(updates, dim=(-2, -1))
-            records.append(UpdateRecord(tuple(keys), (norms * norms.new_tensor(scales)).square()))
+            squares = (norms * norms.new_tensor(scales)).square()
+            participation_ranks, residuals = (None, None) if probe is None else probe.collected()
+            records.append(UpdateRecord(tuple(keys), squares, participation_ranks, residuals, sequence))
         self._apply(self._exchange.send_back())
         return records
 
@@ -165,23 +182,22 @@ class MuonStage:
                 scale=options.scale(moving.part.shape),
             )
 
-    def _batches(self, matrices: Mapping[MatrixKey, Tensor]) -> Iterator[Sequence[MatrixKey]]:
-        """Same shapes together, a tall matrix with the wide ones, as far as their options are the same."""
+    def _batches(
+        self, matrices: Mapping[MatrixKey, Tensor], sequences: Mapping[MatrixKey, PolynomialSequence | None]
+    ) -> Iterator[tuple[Sequence[MatrixKey], PolynomialSequence | None]]:
+        """Same shapes together, a tall matrix with the wide ones, as far as they are treated alike."""
         buckets: dict[tuple[Any, ...], list[MatrixKey]] = {}
         for key, matrix in matrices.items():
-            group = self._options[key[0]].group
-            settings = (group["orthogonalization"], group["orthogonalization_dtype"])
-            buckets.setdefault((*sorted(matrix.shape), matrix.dtype, matrix.device, *settings), []).append(key)
+            treated = (sequences[key], self._options[key[0]].treatment.dtype)
+            buckets.setdefault((*sorted(matrix.shape), matrix.dtype, matrix.device, *treated), []).append(key)
         for (short, long, *_), keys in buckets.items():
             size = max(1, _MAX_BATCH_ELEMENTS // (short * long))
             for first in range(0, len(keys), size):
-                yield keys[first : first + size]
+                yield keys[first : first + size], sequences[keys[0]]
 
-    @staticmethod
-    def _orthogonalize_batch(matrices: Sequence[Tensor], group: Mapping[str, Any]) -> Tensor:
-        """``(len(matrices), short, long)``."""
-        wide = [x if x.shape[0] <= x.shape[1] else x.mT for x in matrices]
-        return orthogonalize(torch.stack(wide), group["orthogonalization"], dtype=group["orthogonalization_dtype"])
+
+def _wide(matrix: Tensor) -> Tensor:
+    return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
 
 
 def _advance_momentum(

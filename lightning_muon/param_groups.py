@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_muon.names import canonical_name
-from lightning_muon.orthogonalize import polynomial_sequence
+from lightning_muon.orthogonalize import check_range, nominal_sequence, plain
 from lightning_muon.routing import Candidate, Route, Rule, route
 from lightning_muon.updates import update_scale
 
@@ -168,7 +168,7 @@ def check_options(group: dict[str, Any], defaults: Mapping[str, Any], adamw_opti
         raise ValueError(f"orthogonalization_dtype={dtype!r} must be a torch.dtype, torch.bfloat16 say, or None.")
     update_scale(options["scale"], 1, 1)
     if group["algorithm"] == "muon":
-        orthogonalization = options["orthogonalization"]
-        polynomial_sequence(orthogonalization)
-        if not isinstance(orthogonalization, str):  # hashable, and the same after a trip through a checkpoint
-            group["orthogonalization"] = tuple(tuple(map(float, step)) for step in orthogonalization)
+        sequence = nominal_sequence(options["orthogonalization"])
+        if sequence is not None:
+            check_range(sequence, dtype or torch.float32)
+        group["orthogonalization"] = plain(options["orthogonalization"])

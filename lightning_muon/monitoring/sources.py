@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lightning_muon.local import local
 from lightning_muon.matrices import MatrixLayout
-from lightning_muon.monitoring.measures import singular_values
 from lightning_muon.muon import Muon
+from lightning_muon.orthogonalize import singular_values
 
 __all__ = ["Measured", "measured_parameters", "update_squares", "weight_singular_values", "weight_squares"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_muon.muon import Muon
-from lightning_muon.orthogonalize import orthogonalization_flops, polynomial_sequence
+from lightning_muon.orthogonalize import nominal_sequence, orthogonalization_flops
 from lightning_muon.sharding.ownership import ElementRun, OwnershipPlan, Unit, plan_ownership
 from lightning_muon.updates import state_dtypes
 
@@ -21,7 +21,7 @@ def ownership_plan(optimizer: Muon, world_size: int) -> OwnershipPlan:
             if group["algorithm"] == "adamw" or layout is None:
                 runs.append(ElementRun(name, param.numel(), itemsize, param.is_contiguous()))
                 continue
-            sequence = polynomial_sequence(group["orthogonalization"])
+            sequence = nominal_sequence(group["orthogonalization"])
             pieces = [
                 Unit(
                     name,

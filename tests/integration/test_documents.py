@@ -20,10 +20,10 @@ DOCUMENTS = [
     ROOT / "CONTRIBUTING.md",
     ROOT / "examples" / "moe_lm" / "README.md",
 ]
-BLOCKS = [
-    block
+BLOCKS = [  # with what they print, where that is shown below
+    match.groups()
     for document in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-    for block in re.findall(r"```python\n(.*?)```", document.read_text(), flags=re.DOTALL)
+    for match in re.finditer(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", document.read_text(), flags=re.DOTALL)
 ]
 CONSOLE_BLOCKS = [
     block
@@ -32,12 +32,13 @@ CONSOLE_BLOCKS = [
 ]
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_python_block_runs(block, tmp_path):
+@pytest.mark.parametrize(("block", "shown"), BLOCKS, ids=range(len(BLOCKS)))
+def test_python_block_runs(block, shown, tmp_path):
     block = block.replace("devices=8", 'devices=1, accelerator="cpu"')
     command = [sys.executable, "-c", block, "checkpoints"]  # what the script of docs/elastic.md is told
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert shown is None or done.stdout == shown
 
 
 @pytest.mark.parametrize("block", CONSOLE_BLOCKS, ids=range(len(CONSOLE_BLOCKS)))

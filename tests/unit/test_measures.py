@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_muon.monitoring.measures import singular_values, spectral_norm, stable_rank, svd_entropy
+from lightning_muon.monitoring.measures import spectral_norm, stable_rank, svd_entropy
+from lightning_muon.orthogonalize import singular_values
 from tests.references import matrix_with_spectrum
 
 

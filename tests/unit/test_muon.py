@@ -43,7 +43,8 @@ def test_equals_moonlights_equations(dtype, nesterov, weight_decay):
         optimizer.step()
     for param, reference in zip(params, references, strict=True):
         assert param.dtype == dtype
-        assert relative_error(param.detach(), reference.weight) <= 1e-5
+        # a bfloat16 weight may fall on the other side of a tie: 1e-6 of the update decides an eighth of a per cent
+        assert relative_error(param.detach(), reference.weight) <= (1e-5 if dtype == torch.float32 else 5e-4)
 
 
 # bf16 without Nesterov is compared with Moonlight's equations only: torch <= 2.14 normalises that momentum in place.

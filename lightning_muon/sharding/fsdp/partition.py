@@ -89,7 +89,7 @@ class ShardPartition:
             wide = {torch.promote_types(params[name].dtype, torch.float32) for name in used} or {torch.float32}
             like = torch.empty(0, dtype=wide.pop(), device=self._device)
             narrow = {groups[name]["orthogonalization_dtype"] or default_dtype(like) for name in used}
-            sent_as = torch.bfloat16 if narrow == {torch.bfloat16} else like.dtype
+            sent_as = torch.bfloat16 if narrow <= {torch.bfloat16, torch.float16} else like.dtype
             self._stages.append(routes_of(transfers, self.rank, self.world_size, like, exchange_dtype or sent_as))
 
     def describe(self) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from lightning_muon.matrices import MatrixKey
 from lightning_muon.muon import Muon
-from lightning_muon.orthogonalize import orthogonalization_flops, polynomial_sequence
+from lightning_muon.orthogonalize import nominal_sequence, orthogonalization_flops
 from lightning_muon.sharding.fsdp.shards import Shard
 from lightning_muon.sharding.fsdp.transfers import Loads, StageTransfers, held_matrices, plan_stage
 
@@ -57,7 +57,7 @@ def plan_shards(
     """
     loads = Loads.none(len(hosts))
     sequences = {
-        name: polynomial_sequence(group["orthogonalization"])
+        name: nominal_sequence(group["orthogonalization"])
         for group in optimizer.param_groups
         if group["algorithm"] == "muon"
         for name in group["param_names"]
