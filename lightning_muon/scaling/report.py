@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_muon.scaling.ladder import Ladder, Place, Point
 from lightning_muon.scaling.law import Estimate, PowerLaw, fit_power_law
-from lightning_muon.scaling.sequences import smallest_sequence
+from lightning_muon.scaling.sequences import label, smallest_sequence
 
 __all__ = ["Fit", "Target", "figures", "fit_ladder", "short_names", "table"]
 
@@ -104,7 +104,7 @@ def _at(fit: Fit, target: Target) -> dict[str, Any]:
     return {"sigma": asdict(sigma), **_sequences(sigma)}
 
 
-def _sequences(sigma: Estimate) -> dict[str, str | None]:
+def _sequences(sigma: Estimate) -> dict[str, str | dict[str, Any] | None]:
     return {
         "smallest_sequence": smallest_sequence(sigma.value),
         "smallest_sequence_at_low_end": smallest_sequence(sigma.low) if sigma.low > 0 else None,
@@ -182,7 +182,7 @@ def _row(fit: Fit, name: str, target: Target | None) -> list[str]:
     ]
     if target:
         sigma = fit.sigma_at(target)
-        names = [name or "none" for name in _sequences(sigma).values()]
+        names = [label(found) for found in _sequences(sigma).values()]
         row += [f"{sigma.value:.2g} ({sigma.low:.2g} to {sigma.high:.2g})", *names]
     return row
 

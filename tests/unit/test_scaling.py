@@ -12,6 +12,7 @@ from lightning_muon.logs import ModelDescription, ParameterDescription
 from lightning_muon.scaling.depths import depth_classes
 from lightning_muon.scaling.ladder import Place, read_ladder, value_of_run
 from lightning_muon.scaling.report import short_names
+from lightning_muon.scaling.sequences import label
 
 WIDTHS = (32, 64, 128, 256)
 BLOCKS = 8
@@ -88,7 +89,7 @@ def test_json_and_table_agree_on_the_extrapolation(ladder, capsys, tmp_path):
         assert sigma["low"] <= sigma["value"] <= sigma["high"]
         row = rows["q_proj" if law["depth"] in ALPHA else "stem.weight", law["depth"]]
         assert row[6].startswith(f"{sigma['value']:.2g} ")
-        assert row[7] == (law["target"]["smallest_sequence"] or "none")
+        assert row[7] == label(law["target"]["smallest_sequence"])
         assert [point["rank"] for point in law["points"]] == list(WIDTHS)
         assert [point["size"] for point in law["points"]] == list(map(size_of, WIDTHS))
     assert "all: extrapolated to 3.81e+05 times the largest size" in text

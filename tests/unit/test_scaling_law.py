@@ -156,13 +156,23 @@ def test_the_chosen_sequence_resolves_and_no_cheaper_one_does(sigma):
         outputs = [sequence(point) for point in np.geomspace(sigma, 1, 3000)]
         return outputs[0] >= 0.7 and max(outputs) <= 1.35
 
-    sequences = [polynomial_sequence(name) for name in available_sequences() if name != "exact"]
-    costs = {s.name: orthogonalization_flops(64, 64, s) for s in sequences if resolves(s)}
-    assert costs[smallest_sequence(sigma)] == min(costs.values())
+    made = [{"name": "polar_express", "steps": steps, "lower": min(sigma, 0.5)} for steps in range(1, 11)]
+    names = [name for name in available_sequences() if name != "exact"]
+    sequences = [polynomial_sequence(candidate) for candidate in [*names, *made]]
+    costs = [orthogonalization_flops(64, 64, sequence) for sequence in sequences if resolves(sequence)]
+    found = polynomial_sequence(smallest_sequence(sigma))
+    assert resolves(found)
+    assert orthogonalization_flops(64, 64, found) == min(costs)
+
+
+def test_a_published_sequence_where_none_is_cheaper():
+    assert smallest_sequence(4e-5) == {"name": "polar_express", "steps": 7, "lower": 4e-5}
+    assert smallest_sequence(3.5e-2) == {"name": "polar_express", "steps": 3, "lower": 0.035}
+    assert smallest_sequence(8e-4) == "polar_express5"
 
 
 def test_no_sequence_reaches_everything():
-    assert smallest_sequence(1e-7) is None
+    assert smallest_sequence(1e-8) is None
     assert smallest_sequence(2.0) == smallest_sequence(1.0)
     with pytest.raises(ValueError, match="is positive"):
         smallest_sequence(0.0)
