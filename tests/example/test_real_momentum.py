@@ -17,7 +17,7 @@ def momentum():
     recorded = recorded_momentum((10, 25))
     matrices = [matrix for matrices in recorded.values() for _, matrix in matrices]
     peaked = sorted(matrices, key=lambda matrix: -spectrum_of(matrix)[0].item())
-    return [*peaked[:12], *matrices[::8]]  # those nearest to rank one, and some of every kind
+    return [*peaked[:12], *matrices[::7]]  # those nearest to rank one, and some of every kind
 
 
 def test_it_is_the_hard_kind(momentum):
