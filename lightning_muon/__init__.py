@@ -9,7 +9,12 @@ from lightning_muon.fabric.log import log_optimizer
 from lightning_muon.muon import Muon
 from lightning_muon.orthogonalize import orthogonalize
 from lightning_muon.pytorch import MuonFSDPStrategy, MuonZero1Strategy
-from lightning_muon.pytorch.callbacks import SpectrumMonitor, UpdateRMSMonitor, WeightNormMonitor
+from lightning_muon.pytorch.callbacks import (
+    MomentumSpectrumMonitor,
+    SpectrumMonitor,
+    UpdateRMSMonitor,
+    WeightNormMonitor,
+)
 from lightning_muon.routing import Rule, mark
 from lightning_muon.sharding.clipping import grad_norm
 
@@ -18,6 +23,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "CheckpointError",
     "GlobalBatchLoader",
+    "MomentumSpectrumMonitor",
     "Muon",
     "MuonCheckpointIO",
     "MuonFSDPStrategy",

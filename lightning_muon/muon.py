@@ -32,6 +32,7 @@ from lightning_muon.owned import OwnedParameter
 from lightning_muon.param_groups import Router, as_param_groups, check_options, unique_name
 from lightning_muon.partition import Alone, NamedState, Partition
 from lightning_muon.routing import Route, Rule
+from lightning_muon.watching import Watch
 
 __all__ = ["Muon"]
 
@@ -154,8 +155,7 @@ class Muon(Optimizer):
         self._constructed: list[dict[str, Any]] = []
         self._update_records: list[UpdateRecord] = []
         self._step_counts = StepCounts()
-        self._watched: frozenset[str] | None = None
-        self._momentum_spectra: dict[MatrixKey, Tensor] = {}
+        self._watch = Watch()
         self.last_grad_norms: dict[str, Tensor] = {}  # in place, too
         defaults = {
             "lr": lr,
@@ -222,7 +222,7 @@ class Muon(Optimizer):
         self._create_state()
         self._consolidated.clear()
         self._update_records = []
-        self._momentum_spectra = {}
+        self._watch.begin()
         if self._may_step():
             self._update()
         self._partition.end_step()
@@ -251,7 +251,7 @@ class Muon(Optimizer):
         options = self._matrix_options()
         treatments = {name: one.treatment for name, one in options.items()}
         self._step_counts.step += 1
-        chooser = Chooser(treatments, self._step_counts, self._watched or frozenset())
+        chooser = Chooser(treatments, self._step_counts, self._watch.last or frozenset())
         sent: deque[MuonStage] = deque()
         returning: deque[tuple[int, MuonStage]] = deque()
         for number in range(len(stages) + self._partition.ahead):
@@ -261,14 +261,14 @@ class Muon(Optimizer):
                 self._update_elementwise(stages[number])
             if number >= self._partition.ahead:
                 stage = sent.popleft()
-                self._update_records += stage.orthogonalize(chooser, with_telemetry=self._watched is not None)
+                self._update_records += stage.orthogonalize(chooser, with_telemetry=self._watch.last is not None)
                 returning.append((number - self._partition.ahead, stage))
             while returning and (len(returning) > self._partition.ahead or not sent):
                 finished, stage = returning.popleft()
                 stage.finish()
                 self._partition.publish(finished)
         self._settle(chooser, treatments)
-        self._momentum_spectra, self._watched = chooser.spectra, None
+        self._watch.spectra = chooser.spectra
 
     def _settle(self, chooser: Chooser, treatments: Mapping[str, Treatment]) -> None:
         """All processes learn what the owners have chosen."""
@@ -389,26 +389,32 @@ class Muon(Optimizer):
 
     @property
     def update_records(self) -> Sequence[UpdateRecord]:
-        """The size of the last step's updates of this process's matrices, for the monitors."""
+        """What the last step did to this process's matrices, for the monitors; nothing if it was skipped."""
         return self._update_records
 
     def watch_next_step(self, spectra: Container[str] | None = None) -> None:
         """Have the next step keep what it sees of the momentum, for ``update_records`` and ``momentum_spectra``.
 
-        Every process must ask for the same.
+        Every process must ask for the same, before ``step`` or in its closure; what is asked for before one step adds
+        up.
 
         Args:
             spectra: Names of the parameters whose matrices' singular values are wanted, which cost an eigenvalue
                 decomposition each; ``None`` for none.
         """
-        self._watched = frozenset(name for name, _ in self.named_parameters() if spectra and name in spectra)
+        self._watch.ask(frozenset(name for name, _ in self.named_parameters() if spectra and name in spectra))
+
+    @property
+    def watch(self) -> Watch:
+        """What was asked of the next and of the last step."""
+        return self._watch
 
     @property
     def momentum_spectra(self) -> Mapping[MatrixKey, Tensor]:
         """Of the last step, where ``watch_next_step`` asked for them: the singular values of what was orthogonalised
         (with Nesterov's look ahead, where that is on), descending, relative to its Frobenius norm, of this process's
         matrices."""
-        return self._momentum_spectra
+        return self._watch.spectra
 
     @property
     def step_counts(self) -> Mapping[str, Sequence[int]]:
@@ -560,6 +566,5 @@ class Muon(Optimizer):
             **{key: getattr(self, key) for key in own},
             "_consolidated": {},
             "_update_records": [],
-            "_watched": None,
-            "_momentum_spectra": {},
+            "_watch": Watch(),
         }

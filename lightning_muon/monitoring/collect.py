@@ -2,64 +2,24 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lightning_muon.monitoring.measures import rms, spectral_norm, stable_rank, svd_entropy
-from lightning_muon.monitoring.sources import (
-    Measured,
-    measured_parameters,
-    update_squares,
-    weight_singular_values,
-    weight_squares,
-)
+from lightning_muon.monitoring.families import FAMILIES, Source
+from lightning_muon.monitoring.iteration import momentum_singular_values, residuals
+from lightning_muon.monitoring.request import Request
+from lightning_muon.monitoring.sources import Measured, measured_parameters, weight_singular_values
 from lightning_muon.muon import Muon
 
-__all__ = ["FAMILIES", "Collection", "Request", "collect"]
+__all__ = ["Collection", "collect"]
 
-Mode = Literal["brief", "detailed"]
-_Source = Callable[[Muon, Sequence[Measured]], list[Tensor]]
-_Values = tuple[float, list[float]]
-
+# what rounding may add to a residual
+_TOLERANCE = 1.1
 _GRAD_NORM_KEYS = {"all": "muon/grad_norm", "muon": "muon/grad_norm_muon", "adamw": "muon/grad_norm_adamw"}
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a monitor wants to know.
-
-    Args:
-        families: Names of measures, from ``FAMILIES``.
-        include: Regular expression that a parameter's name must match somewhere; ``None`` takes all.
-        exclude: Regular expression that it must not match.
-        mode: For a parameter of several matrices, ``"brief"`` gives the median, minimum and maximum;
-            ``"detailed"`` gives each matrix as well.
-
-    Raises:
-        ValueError: An unknown mode or measure.
-    """
-
-    families: tuple[str, ...]
-    include: str | None = None
-    exclude: str | None = None
-    mode: Mode = "brief"
-
-    def __post_init__(self) -> None:
-        if self.mode not in ("brief", "detailed"):
-            raise ValueError(f"mode={self.mode!r} is not known; choose 'brief' or 'detailed'.")
-        unknown = set(self.families) - set(FAMILIES)
-        if unknown:
-            raise ValueError(f"Unknown measures {sorted(unknown)}; choose from {', '.join(FAMILIES)}.")
-
-    def wants(self, name: str) -> bool:
-        """Whether the request is about this parameter."""
-        included = self.include is None or re.search(self.include, name) is not None
-        return included and (self.exclude is None or re.search(self.exclude, name) is None)
 
 
 @dataclass
@@ -68,11 +28,16 @@ class Collection:
 
     Attributes:
         values: Scalars by logging key, ``muon/<family>/<parameter>``.
-        spectra: Singular values by parameter, all its matrices together, where a spectrum was asked for.
+        spectra: The weights' singular values by parameter, all its matrices together, where a spectrum was asked for.
+        momentum_spectra: The same of what was orthogonalised, relative to its Frobenius norm.
+        broken_promises: Parameters whose residual is above what the sequence allows, or not finite: the worst
+            matrix's residual, and what is allowed.
     """
 
     values: dict[str, float] = field(default_factory=dict)
     spectra: dict[str, Tensor] = field(default_factory=dict)
+    momentum_spectra: dict[str, Tensor] = field(default_factory=dict)
+    broken_promises: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -92,7 +57,7 @@ def collect(
     collection = Collection()
     sources = list(dict.fromkeys(FAMILIES[family].source for request in requests for family in request.families))
     measured: list[Measured] = []
-    results: dict[_Source, list[Tensor]] = {source: [] for source in sources}
+    results: dict[Source, list[Tensor]] = {source: [] for source in sources}
     for optimizer in optimizers:
         wanted = [
             one for one in measured_parameters(optimizer, names or {}) if any(r.wants(one.name) for r in requests)
@@ -118,54 +83,44 @@ def _fill(
     collection: Collection, request: Request, family: str, wanted: Sequence[Measured], found: Sequence[Tensor]
 ) -> None:
     """Turn what a source found (one vector per parameter) into the keys of one family."""
-    own_values = []
+    own_values, source = [], FAMILIES[family].source
     for measured, vector in zip(wanted, found, strict=True):
         if not request.wants(measured.name) or not vector.numel():
             continue
         key = f"muon/{family}/{measured.name}"
-        own, values = FAMILIES[family].summarize(measured, vector)
-        collection.values[key] = own
-        own_values.append(own)
-        if len(values) > 1:
-            collection.values[f"{key}.min"], collection.values[f"{key}.max"] = min(values), max(values)
+        summary = FAMILIES[family].summarize(measured, vector)
+        if summary is None:
+            continue
+        collection.values[key] = summary.own
+        own_values.append(summary.own)
+        values = summary.matrices
+        if values and len(measured.numels) > 1:
+            collection.values[f"{key}.min"] = min(values.values())
+            collection.values[f"{key}.max"] = max(values.values())
             if request.mode == "detailed":
-                collection.values.update({f"{key}.{number}": value for number, value in enumerate(values)})
-        if FAMILIES[family].source is weight_singular_values:
+                collection.values.update({f"{key}.{number}": value for number, value in values.items()})
+        if source is weight_singular_values:
             collection.spectra[measured.name] = vector
+        elif source is momentum_singular_values:
+            collection.momentum_spectra[measured.name] = vector
+        elif source is residuals:
+            _check_promises(collection, measured, vector)
     if own_values:
         collection.values[f"muon/{family}/_min"] = min(own_values)
         collection.values[f"muon/{family}/_mean"] = sum(own_values) / len(own_values)
         collection.values[f"muon/{family}/_max"] = max(own_values)
 
 
-# A family is what is logged of a source: the parameter's own value, and that of every matrix where it is known.
+def _check_promises(collection: Collection, measured: Measured, found: Tensor) -> None:
+    broken = [
+        (residual, promise)
+        for residual, promise, is_there in found.reshape(-1, 3).tolist()
+        if is_there and not residual <= _TOLERANCE * promise  # NaN is not
+    ]
+    if broken:
+        collection.broken_promises[measured.name] = max(broken, key=_excess)
 
 
-@dataclass(frozen=True)
-class _Family:
-    source: _Source
-    summarize: Callable[[Measured, Tensor], _Values]
-
-
-def _rms(measured: Measured, squares: Tensor) -> _Values:
-    own = rms(squares.sum().item(), measured.param.numel())
-    if len(squares) != len(measured.numels):  # AdamW's update is known for the parameter only
-        return own, []
-    return own, [rms(s, n) for s, n in zip(squares.tolist(), measured.numels, strict=True)]
-
-
-def _of_spectrum(function: Callable[[Tensor], Tensor]) -> Callable[[Measured, Tensor], _Values]:
-    def summarize(measured: Measured, sigma: Tensor) -> _Values:
-        values = torch.stack([function(part) for part in torch.split(sigma, measured.ranks)])
-        return values.median().item(), values.tolist()
-
-    return summarize
-
-
-FAMILIES = {
-    "update_rms": _Family(update_squares, _rms),
-    "weight_rms": _Family(weight_squares, _rms),
-    "weight_spectral_norm": _Family(weight_singular_values, _of_spectrum(spectral_norm)),
-    "weight_stable_rank": _Family(weight_singular_values, _of_spectrum(stable_rank)),
-    "weight_svd_entropy": _Family(weight_singular_values, _of_spectrum(svd_entropy)),
-}
+def _excess(found: tuple[float, float]) -> float:
+    residual, promise = found
+    return residual / promise if math.isfinite(residual) else math.inf

@@ -39,11 +39,16 @@ class Measured:
         return [block.rows * cut for block in self.layout.blocks() for cut in block.cuts]
 
     @property
-    def ranks(self) -> list[int]:
-        """Singular values of each matrix; none for a vector."""
+    def shapes(self) -> list[tuple[int, int]]:
+        """Rows and columns of each matrix, as stored; none for a vector."""
         if self.layout is None:
             return []
-        return [min(block.rows, cut) for block in self.layout.blocks() for cut in block.cuts]
+        return [(block.rows, cut) for block in self.layout.blocks() for cut in block.cuts]
+
+    @property
+    def ranks(self) -> list[int]:
+        """Singular values of each matrix; none for a vector."""
+        return [min(shape) for shape in self.shapes]
 
 
 def measured_parameters(optimizer: Muon, names: Mapping[Tensor, str]) -> list[Measured]:

@@ -3,6 +3,7 @@
 from lightning_muon.orthogonalize.auto import Auto
 from lightning_muon.orthogonalize.call import orthogonalize, orthogonalize_batch
 from lightning_muon.orthogonalize.dispatch import default_dtype, lowest_default_dtype, orthogonalization_flops
+from lightning_muon.orthogonalize.exact import rank_tolerance
 from lightning_muon.orthogonalize.generator import polar_express
 from lightning_muon.orthogonalize.safety import check_range
 from lightning_muon.orthogonalize.sequence import PolynomialSequence
@@ -35,6 +36,7 @@ __all__ = [
     "plain",
     "polar_express",
     "polynomial_sequence",
+    "rank_tolerance",
     "relative_singular_values",
     "singular_values",
 ]

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-__all__ = ["polar_factor"]
+__all__ = ["polar_factor", "rank_tolerance"]
+
+
+def rank_tolerance(shape: Sequence[int], dtype: torch.dtype) -> float:
+    """Singular values up to this share of the largest count as none: numpy's and torch's own rule."""
+    return max(shape) * torch.finfo(dtype).eps
 
 
 def polar_factor(x: Tensor) -> Tensor:
@@ -22,8 +29,7 @@ def polar_factor(x: Tensor) -> Tensor:
     """
     finite = x.isfinite().all(dim=-1).all(dim=-1)[:, None, None]
     known = torch.where(finite, x, 0.0)  # both decompositions raise on NaN
-    # numpy's and torch's own rule for the numerical rank
-    tolerance = max(x.shape[-2:]) * torch.finfo(x.dtype).eps
+    tolerance = rank_tolerance(x.shape[-2:], x.dtype)
     factor = _by_svd(known, tolerance) if x.dtype == torch.float64 else _by_eigenvectors(known, tolerance)
     return torch.where(finite, factor, torch.nan)
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
 
 from lightning_muon.monitoring import Collection
-from lightning_muon.pytorch.callbacks.base import Monitor
+from lightning_muon.pytorch.callbacks.base import Monitor, parameter_names
+from lightning_muon.pytorch.callbacks.description import describe_model, log_folders
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-__all__ = ["SpectrumMonitor", "UpdateRMSMonitor", "WeightNormMonitor"]
+__all__ = ["MomentumSpectrumMonitor", "SpectrumMonitor", "UpdateRMSMonitor", "WeightNormMonitor"]
+
+# Tenths of a decade from 1e-8, which float64 resolves of XXᵀ, to 1.
+_LOG10_EDGES = np.linspace(-8, 0, 81)
 
 
 class UpdateRMSMonitor(Monitor):
@@ -22,13 +27,17 @@ class UpdateRMSMonitor(Monitor):
     | key | meaning | unit | cost |
     |---|---|---|---|
     | `muon/update_rms/<name>` | `√mean(u²)` of `W ← W - lr·(u + λW)` | 1 | none; AdamW: a pass over its state |
+    | `muon/ns_residual/<name>` | `‖XXᵀ-I‖_F/√rank` before the last Newton–Schulz step | 1 | a copy of `XXᵀ` |
 
     Muon with ``scale="match_rms_adamw"`` aims at 0.2; a momentum of low rank, or a sequence that stops short of 1,
     stays below. Far below means that most directions of the momentum are not lifted. Every parameter, every
     ``log_every_n_steps`` steps. Aggregates over the parameters: ``_min``, ``_mean``, ``_max``.
+
+    A residual that is more than 10 % above what the polynomial sequence allows, or not finite, is a warning, once for
+    each parameter: rounding has carried singular values out of the range that the sequence is made for.
     """
 
-    families: ClassVar[tuple[str, ...]] = ("update_rms",)
+    families: ClassVar[tuple[str, ...]] = ("update_rms", "ns_residual")
 
 
 class WeightNormMonitor(Monitor):
@@ -72,3 +81,69 @@ class SpectrumMonitor(Monitor):
                     if self.request.wants(name):
                         tag = f"muon/weight_singular_values/{name}"
                         logger.experiment.add_histogram(tag, sigma.numpy(), trainer.global_step)
+
+
+class MomentumSpectrumMonitor(Monitor):
+    """What Newton–Schulz is given, and what it makes of it.
+
+    N is the matrix that is orthogonalised, ``(1-μ)G + μM`` with Nesterov; σ are the singular values of
+    ``N/‖N‖_F``, descending, r of them; f(σ) is where the polynomial sequence that was applied takes them, in exact
+    arithmetic.
+
+    | key | meaning | range |
+    |---|---|---|
+    | `muon/momentum_q10/<name>`, q25, q50, q75, q90, q95 | σ at rank `⌈q·r⌉`: q10 is large, q95 small | 0 … 1 |
+    | `muon/momentum_participation_rank/<name>` | `(Σσ²)²/Σσ⁴` | 1 … r |
+    | `muon/momentum_spike/<name>` | `σ₁²` | 1/r … 1 |
+    | `muon/ns_fail_frac/<name>` | share of the σ with f(σ) < 0.1 | 0 … 1 |
+    | `muon/ns_descent_kept/<name>` | `Σσf(σ)/Σσ`: descent along N, in units of the exact polar factor's | about 1 |
+    | `muon/ns_residual/<name>` | `‖XXᵀ-I‖_F/√r` before the last step, as computed | 0 … |
+    | `muon/ns_steps/<name>` | number of steps; `orthogonalization="auto"` changes it | |
+    | `muon/momentum_singular_values/<name>` | histogram of log₁₀ σ (TensorBoard only) | -8 … 0 |
+
+    The parameters that Muon trains, every 200 steps; of a parameter of several matrices, those that took part in the
+    step. The step is told before (``Muon.watch_next_step``), and the owner of a matrix computes its σ on the way:
+    `eigvalsh(NNᵀ)` in float64. A step that is skipped logs none of these keys. Training is the same with and
+    without.
+
+    When training starts, process 0 writes ``muon_model.json`` beside the logs (into ``default_root_dir`` if no logger
+    has a folder): the size of the model and its matrices, which ``lightning-muon advise`` and ``fit`` need.
+    """
+
+    families: ClassVar[tuple[str, ...]] = (
+        "momentum_q10",
+        "momentum_q25",
+        "momentum_q50",
+        "momentum_q75",
+        "momentum_q90",
+        "momentum_q95",
+        "momentum_participation_rank",
+        "momentum_spike",
+        "ns_fail_frac",
+        "ns_descent_kept",
+        "ns_residual",
+        "ns_steps",
+    )
+
+    @override
+    def default_interval(self, trainer: pl.Trainer) -> int:
+        return 200
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            description = describe_model(trainer.optimizers, parameter_names(pl_module))
+            for folder in log_folders(trainer):
+                description.write(folder)
+
+    @override
+    def show(self, trainer: pl.Trainer, collection: Collection) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                for name, sigma in collection.momentum_spectra.items():
+                    if self.request.wants(name) and (sigma > 0).any():
+                        # by decades: on a linear axis all but the largest are one bar at 0
+                        logs = sigma[sigma > 0].log10().numpy()
+                        tag = f"muon/momentum_singular_values/{name}"
+                        logger.experiment.add_histogram(tag, logs, trainer.global_step, bins=_LOG10_EDGES)

@@ -1,0 +1,89 @@
+"""What each process can say of the last step's Newton–Schulz on the matrices that it owns; see ``sources``.
+
+Where a figure per matrix may be missing (the matrix rested, the step was skipped), a parameter's vector is a table,
+row by row, whose last column is 1 for the matrices that have the figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_muon.matrices import MatrixKey
+from lightning_muon.monitoring.measures import descent_kept, fail_fraction, lifted, promised_residual
+from lightning_muon.monitoring.sources import Measured
+from lightning_muon.muon import Muon
+from lightning_muon.orthogonalize import PolynomialSequence, rank_tolerance
+
+__all__ = ["iteration_steps", "momentum_singular_values", "outcomes", "residuals"]
+
+
+def momentum_singular_values(optimizer: Muon, wanted: Sequence[Measured]) -> list[Tensor]:
+    """The singular values of what was orthogonalised, relative to its Frobenius norm, matrix after matrix."""
+    vectors = []
+    for measured in wanted:
+        parts = [
+            optimizer.momentum_spectra.get((measured.key, number), torch.zeros(rank, dtype=torch.float64))
+            for number, rank in enumerate(measured.ranks)
+        ]
+        vector = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+        vectors.append(vector.to(measured.param.device))
+    return vectors
+
+
+def outcomes(optimizer: Muon, wanted: Sequence[Measured]) -> list[Tensor]:
+    """``(share of σ that fail, share of the descent that is kept, 1)`` per matrix, of the watched spectra."""
+    sequences = {key: record.sequence for record in optimizer.update_records for key in record.keys}
+    found: dict[MatrixKey, tuple[float | Tensor, ...]] = {}
+    for measured in wanted:
+        for number, shape in enumerate(measured.shapes):
+            key = (measured.key, number)
+            if key in optimizer.momentum_spectra:
+                sigma = optimizer.momentum_spectra[key]
+                outputs = lifted(sigma, sequences[key], _tolerance(measured, shape, sequences[key]))
+                found[key] = (fail_fraction(outputs), descent_kept(sigma, outputs))
+    return _tables(wanted, found, 2)
+
+
+def residuals(optimizer: Muon, wanted: Sequence[Measured]) -> list[Tensor]:
+    """``(‖XXᵀ - I‖_F/√rank before the last step, the largest that the sequence allows, 1)`` per matrix."""
+    found: dict[MatrixKey, tuple[float | Tensor, ...]] = {}
+    for record in optimizer.update_records if optimizer.watch.last is not None else ():
+        if record.residuals is not None and record.sequence is not None:
+            promise = promised_residual(record.sequence)
+            found |= {key: (value, promise) for key, value in zip(record.keys, record.residuals, strict=True)}
+    return _tables(wanted, found, 2)
+
+
+def iteration_steps(optimizer: Muon, wanted: Sequence[Measured]) -> list[Tensor]:
+    """``(number of steps, 1)`` per matrix; the exact polar factor has none."""
+    found: dict[MatrixKey, tuple[float | Tensor, ...]] = {
+        key: (float(len(record.sequence.steps)),)
+        for record in optimizer.update_records
+        if record.sequence is not None
+        for key in record.keys
+    }
+    return _tables(wanted, found, 1)
+
+
+def _tables(
+    wanted: Sequence[Measured], found: Mapping[MatrixKey, tuple[float | Tensor, ...]], columns: int
+) -> list[Tensor]:
+    vectors = []
+    for measured in wanted:
+        table = torch.zeros(len(measured.ranks), columns + 1, dtype=torch.float64, device=measured.param.device)
+        for number in range(len(measured.ranks)):
+            for column, value in enumerate(found.get((measured.key, number), ())):
+                table[number, column] = value
+                table[number, -1] = 1
+        vectors.append(table.reshape(-1))
+    return vectors
+
+
+def _tolerance(measured: Measured, shape: tuple[int, int], sequence: PolynomialSequence | None) -> float:
+    if sequence is not None:
+        return 0.0
+    dtype = torch.promote_types(measured.param.dtype, torch.float32)  # as the momentum
+    return rank_tolerance(shape, torch.promote_types(dtype, measured.group["orthogonalization_dtype"] or dtype))

@@ -1,0 +1,70 @@
+"""What a monitor wants to know."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from lightning_muon.monitoring.families import FAMILIES, OF_SPECTRA, WATCHED
+from lightning_muon.muon import Muon
+
+__all__ = ["Mode", "Request"]
+
+Mode = Literal["brief", "detailed"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a monitor wants to know.
+
+    Args:
+        families: Names of measures, from ``FAMILIES``.
+        include: Regular expression that a parameter's name must match somewhere; ``None`` takes all.
+        exclude: Regular expression that it must not match.
+        mode: For a parameter of several matrices, ``"brief"`` gives the median, minimum and maximum;
+            ``"detailed"`` gives each matrix as well.
+
+    Raises:
+        ValueError: An unknown mode or measure.
+    """
+
+    families: tuple[str, ...]
+    include: str | None = None
+    exclude: str | None = None
+    mode: Mode = "brief"
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("brief", "detailed"):
+            raise ValueError(f"mode={self.mode!r} is not known; choose 'brief' or 'detailed'.")
+        unknown = set(self.families) - set(FAMILIES)
+        if unknown:
+            raise ValueError(f"Unknown measures {sorted(unknown)}; choose from {', '.join(FAMILIES)}.")
+
+    def wants(self, name: str) -> bool:
+        """Whether the request is about this parameter."""
+        included = self.include is None or re.search(self.include, name) is not None
+        return included and (self.exclude is None or re.search(self.exclude, name) is None)
+
+    @property
+    def is_watching(self) -> bool:
+        """Whether the step has to be told, by ``Muon.watch_next_step``."""
+        return not WATCHED.isdisjoint(self.families)
+
+    def spectra_of(self, optimizer: Muon, names: Mapping[Tensor, str] | None = None) -> set[str]:
+        """The parameters whose momentum's singular values are wanted, by their names in the optimizer.
+
+        Args:
+            optimizer: The optimizer.
+            names: What requests call a parameter, where that is not its name in its optimizer.
+        """
+        if OF_SPECTRA.isdisjoint(self.families):
+            return set()
+        return {
+            key
+            for key, param in optimizer.named_parameters()
+            if optimizer.routes[key].algorithm == "muon" and self.wants((names or {}).get(param, key))
+        }
