@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from lightning_muon.advising.command import add_advise
 from lightning_muon.planning.command import add_plan
 from lightning_muon.planning.errors import UsageError
 from lightning_muon.scaling.command import add_fit
@@ -26,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     subcommands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     add_plan(subcommands)
     add_fit(subcommands)
+    add_advise(subcommands)
     options = parser.parse_args(arguments)
     try:
         output = options.run(options)

@@ -98,6 +98,8 @@ class Muon(Optimizer):
             with the saved ones, as torch's optimizers do, and still raises for matrices, which the rules decide.
             ``"current"`` keeps the values of now where the constructors' differ, and the matrices of now. A
             learning-rate scheduler restores its own ``base_lrs`` and goes on from those in any case.
+        module: The module that the parameters are of, where ``params`` is not the module itself: some rules look at the
+            types of its submodules (convolutions, ``nn.Embedding``).
 
     Attributes:
         skipped_steps: Steps left out because of ``nonfinite="skip"``.
@@ -129,6 +131,7 @@ class Muon(Optimizer):
         idle_matrices: IdleMatrices = "skip",
         master_weights: bool = False,
         hyperparameters_on_load: HyperparametersOnLoad = "match",
+        module: nn.Module | None = None,
     ) -> None:
         if nonfinite not in ("raise", "skip", "propagate"):
             raise ValueError(f"nonfinite={nonfinite!r} is not known; choose 'raise', 'skip' or 'propagate'.")
@@ -141,13 +144,13 @@ class Muon(Optimizer):
                 f"hyperparameters_on_load={hyperparameters_on_load!r} is not known;"
                 " choose 'match', 'saved' or 'current'."
             )
-        groups, module = as_param_groups(params)
+        groups, own_module = as_param_groups(params)
         self.nonfinite = nonfinite
         self.idle_matrices = idle_matrices
         self.master_weights = master_weights
         self.hyperparameters_on_load: HyperparametersOnLoad = hyperparameters_on_load
         self.skipped_steps = 0
-        self._router = Router(rules, module)
+        self._router = Router(rules, own_module if module is None else module)
         self._adamw_options = {"lr": lr if adamw_lr is None else adamw_lr, "betas": betas, "eps": eps}
         self._partition: Partition = Alone()
         # Changed in place only: Lightning's wrapper runs these methods with attributes of its own.

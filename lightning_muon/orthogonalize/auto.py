@@ -83,8 +83,11 @@ class Auto:
         if not schatten > 0:
             return None
         left_out = min(int(self.quantile * len(sigma)), len(sigma) - 1)
-        floor = _ROUNDINGS * noise_floor(*shape, dtype)
-        return self.choose(sigma[-1 - left_out].item() / schatten, floor / schatten, current)
+        return self.choose(sigma[-1 - left_out].item() / schatten, self.floor(shape, dtype) / schatten, current)
+
+    def floor(self, shape: tuple[int, int], dtype: torch.dtype) -> float:
+        """What rounding adds to a singular value of a matrix of this shape, relative to its Frobenius norm."""
+        return _ROUNDINGS * noise_floor(*shape, dtype)
 
     def choose(self, sigma: float, floor: float, current: int | None = None) -> int:
         """The number of steps for a matrix of which only the quantile is known.

@@ -1,0 +1,93 @@
+"""What a run's logs say of the spectra that its last quarter had to cope with."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning_muon.advising.advice import Need
+from lightning_muon.advising.places import places
+from lightning_muon.logs import LogError, ModelDescription, Series, find_runs, read_scalars
+
+__all__ = ["PERCENTS", "Observed", "observe"]
+
+PERCENTS = (10, 25, 50, 75, 90, 95)
+_PREFIX = "muon/momentum_"
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A run.
+
+    Attributes:
+        run: The folder of its logs.
+        model: What it trained.
+        steps: First and last of the logged steps that count.
+        needs: Of the parameters that are wanted and were logged.
+        unknown: Parameters that Muon trains, and whose spectra were not logged or not wanted.
+    """
+
+    run: Path
+    model: ModelDescription
+    steps: tuple[int, int]
+    needs: tuple[Need, ...]
+    unknown: tuple[str, ...]
+
+
+def observe(folder: str | Path, percent: int, include: str | None = None, exclude: str | None = None) -> Observed:
+    """Read a run.
+
+    Args:
+        folder: Its logs, or a folder above them that has no other run with momentum spectra.
+        percent: The quantile that is wanted.
+        include: Regular expression that a parameter's name must match somewhere; ``None`` takes all.
+        exclude: Regular expression that it must not match.
+
+    Raises:
+        LogError: There is no such run, or there are several; or a file cannot be read.
+    """
+    logged = {run: read_scalars(run, _PREFIX) for run in find_runs([folder])}
+    runs = [run for run, scalars in logged.items() if scalars]
+    if len(runs) != 1:
+        raise LogError(
+            f"{folder} has no run with {_PREFIX}q{percent}/<parameter>: train with MomentumSpectrumMonitor"
+            if not runs
+            else f"{folder} has several runs: give the folder of one of them, {', '.join(map(str, runs))}"
+        )
+    (run,) = runs
+    model, scalars = ModelDescription.read(run), logged[run]
+    place_of, needs, seen = places(model.parameters), [], set()
+    for name, description in model.parameters.items():
+        ranks = _lowest_series(scalars, "participation_rank", name)
+        sigmas = {p: series for p in PERCENTS if (series := _lowest_series(scalars, f"q{p}", name))}
+        is_wanted = re.search(include or "", name) and not (exclude and re.search(exclude, name))
+        if is_wanted and ranks and percent in sigmas:
+            window = _window(set(ranks).intersection(*sigmas.values()))
+            if window:
+                seen |= set(window)
+                lowest = {p: min(series[step] * ranks[step] ** 0.25 for step in window) for p, series in sigmas.items()}
+                needs.append(Need(name, place_of[name], description, lowest, min(ranks[step] for step in window)))
+    if not needs:
+        raise LogError(
+            f"{run} has no {_PREFIX}q{percent} and {_PREFIX}participation_rank of a parameter that is wanted: see to"
+            " --include and --exclude, and to what MomentumSpectrumMonitor was told"
+        )
+    known = {need.name for need in needs}
+    unknown = tuple(name for name in model.parameters if name not in known)
+    return Observed(run, model, (min(seen), max(seen)), tuple(needs), unknown)
+
+
+def _lowest_series(scalars: Mapping[str, Series], family: str, name: str) -> Series:
+    """Of the matrices of a parameter; steps at which it is no number do not count."""
+    key = f"{_PREFIX}{family}/{name}"
+    series = scalars.get(f"{key}.min", scalars.get(key, {}))
+    return {step: value for step, value in series.items() if math.isfinite(value)}
+
+
+def _window(steps: Iterable[int]) -> list[int]:
+    """The last quarter, rounded up."""
+    ordered = sorted(steps)
+    return ordered[-math.ceil(len(ordered) / 4) :]

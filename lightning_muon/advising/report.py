@@ -1,0 +1,126 @@
+"""The advice for JSON, and as text to read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from lightning_muon.advising.advice import Advice
+from lightning_muon.advising.config import patterns, snippet
+from lightning_muon.advising.observed import Observed
+from lightning_muon.orthogonalize import auto_settings, nominal_sequence
+
+__all__ = ["figures", "table"]
+
+
+def figures(observed: Observed, advices: Sequence[Advice], percent: int, band: float) -> dict[str, Any]:
+    """Everything that was found, as plain numbers."""
+    before, after = _totals(advices)
+    return {
+        "run": str(observed.run),
+        "steps_of_run": list(observed.steps),
+        "quantile": f"q{percent}",
+        "band": band,
+        "advice": [_figures(advice) for advice in advices],
+        "unknown": list(observed.unknown),
+        "flops": {"advised": after, "run": before, "saved": before - after},
+        "patterns": patterns(advices),
+        "snippet": snippet(advices),
+    }
+
+
+def _figures(advice: Advice) -> dict[str, Any]:
+    return {
+        "type": advice.place.type,
+        "blocks": list(advice.place.blocks),
+        "parameters": {
+            need.name: {
+                "matrices": [list(one) for one in need.description.matrices],
+                "dtype": need.description.dtype,
+                "orthogonalization_of_run": need.description.orthogonalization,
+                "participation_rank": need.participation_rank,
+                "sigmas_schatten4": {f"q{percent}": sigma for percent, sigma in need.sigmas.items()},
+            }
+            for need in advice.needs
+        },
+        "steps": advice.steps,
+        "orthogonalization": advice.orthogonalization,
+        "sigma_schatten4": advice.sigma,
+        "noise_floor_schatten4": advice.floor,
+        "left_below": {"at_least": advice.left_below[0], "at_most": advice.left_below[1]},
+        "flops": {"advised": advice.flops, "run": advice.flops_of_run},
+    }
+
+
+def table(observed: Observed, advices: Sequence[Advice], percent: int, band: float) -> str:
+    """The advice as text, and the code to paste."""
+    before, after = _totals(advices)
+    rows: list[tuple[str, ...]] = [
+        ("layer type", "blocks", "matrices", f"σ (q{percent})", "steps", "of the run", f"below {1 - band:g}", "GFLOP")
+    ]
+    rows += [(*_row(advice),) for advice in advices]
+    first, last = observed.steps
+    change = f"{abs(1 - after / before):.1%} {'less' if after <= before else 'more'}"
+    lines = [
+        f"{observed.run}: spectra of optimizer steps {first} to {last}",
+        "",
+        *_columns(rows),
+        "",
+        "σ is the lowest of all matrices and steps, in units of the Schatten-4 norm, as polar_express(norm='schatten4')"
+        " sees it;",
+        "~ is below what the precision tells from rounding, which then decides. Below: the share of σ that ends below"
+        " the band, of the",
+        "worst matrix.",
+        f"Newton–Schulz: {after / 1e9:,.3f} GFLOP per optimizer step, {before / 1e9:,.3f} as the run did it: {change}.",
+    ]
+    if after > before:
+        lines.append(
+            "The run's own sequences do not reach so far down; --quantile q75, say, or a wider --band ask for less."
+        )
+    if observed.unknown:
+        some = ", ".join(observed.unknown[:3]) + (", …" if len(observed.unknown) > 3 else "")
+        lines.append(f"Without a spectrum here, and left as they are: {len(observed.unknown)} parameters ({some}).")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            'lm.Muon(..., orthogonalization="auto") chooses so for every matrix while training, and follows its'
+            " spectrum. To fix it beforehand:",
+            "",
+            snippet(advices),
+        ]
+    )
+
+
+def _totals(advices: Iterable[Advice]) -> tuple[int, int]:
+    return sum(one.flops_of_run for one in advices), sum(one.flops for one in advices)
+
+
+def _row(advice: Advice) -> Iterable[str]:
+    shapes: dict[tuple[int, int], int] = {}
+    for need in advice.needs:
+        for rows, cols, count in need.description.matrices:
+            shapes[rows, cols] = shapes.get((rows, cols), 0) + count
+    at_least, at_most = advice.left_below
+    yield advice.place.type
+    yield advice.place.depth
+    yield ", ".join(f"{count} of {rows}x{cols}" for (rows, cols), count in shapes.items())
+    yield ("~" if advice.sigma < advice.floor else "") + f"{advice.sigma:.2g}"
+    yield str(advice.steps)
+    yield " or ".join(dict.fromkeys(_words(need.description.orthogonalization) for need in advice.needs))
+    yield f"{at_least:.0%} to {at_most:.0%}" if at_least > 0 else f"≤ {at_most:.0%}"
+    yield f"{advice.flops / 1e9:,.3f}"
+
+
+def _words(orthogonalization: Any) -> str:
+    sequence = nominal_sequence(orthogonalization)
+    if sequence is None:
+        return "exact"
+    return "auto (counted as 5)" if auto_settings(orthogonalization) is not None else str(len(sequence.steps))
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> Iterable[str]:
+    """Left-aligned, with a line below the first row."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [lines[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:]]
