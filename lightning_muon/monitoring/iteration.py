@@ -62,7 +62,7 @@ def iteration_steps(optimizer: Muon, wanted: Sequence[Measured]) -> list[Tensor]
     found: dict[MatrixKey, tuple[float | Tensor, ...]] = {
         key: (float(len(record.sequence.steps)),)
         for record in optimizer.update_records
-        if record.sequence is not None
+        if record.sequence is not None and optimizer.watch.next is None  # else a gradient scaler has left out the step
         for key in record.keys
     }
     return _tables(wanted, found, 1)
@@ -71,15 +71,24 @@ def iteration_steps(optimizer: Muon, wanted: Sequence[Measured]) -> list[Tensor]
 def _tables(
     wanted: Sequence[Measured], found: Mapping[MatrixKey, tuple[float | Tensor, ...]], columns: int
 ) -> list[Tensor]:
+    nothing = (0.0,) * (columns + 1)
     vectors = []
     for measured in wanted:
-        table = torch.zeros(len(measured.ranks), columns + 1, dtype=torch.float64, device=measured.param.device)
-        for number in range(len(measured.ranks)):
-            for column, value in enumerate(found.get((measured.key, number), ())):
-                table[number, column] = value
-                table[number, -1] = 1
-        vectors.append(table.reshape(-1))
+        keys = [(measured.key, number) for number in range(len(measured.ranks))]
+        rows = [(*found[key], 1.0) if key in found else nothing for key in keys]
+        table = [_column(values, measured.param.device) for values in zip(*rows, strict=True)]
+        vectors.append(torch.stack(table, dim=1).reshape(-1) if table else _column((), measured.param.device))
     return vectors
+
+
+def _column(values: Sequence[float | Tensor], device: torch.device) -> Tensor:
+    """In few launches, however many values there are on the device."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if not tensors:
+        return torch.tensor(values, dtype=torch.float64, device=device)
+    zero = tensors[0].new_zeros(())
+    column = torch.stack([value if isinstance(value, Tensor) else zero for value in values])
+    return column.to(device, torch.float64)
 
 
 def _tolerance(measured: Measured, shape: tuple[int, int], sequence: PolynomialSequence | None) -> float:

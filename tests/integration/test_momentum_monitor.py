@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.plugins import MixedPrecision
 
 import lightning_muon as lm
 from lightning_muon.logs import ModelDescription
 from lightning_muon.monitoring import Request, collect, iteration
 from lightning_muon.orthogonalize import polynomial_sequence
 from tests.integration.test_monitors import TwoOptimizers, events
-from tests.lightning_runs import AwkwardLightningModule, trainer
+from tests.lightning_runs import AwkwardLightningModule, Loss, PoolEnvironment, trainer, weights
 from tests.models import awkward_model, token_batches
 from tests.processes import run_processes
 
@@ -46,10 +48,9 @@ def train(folder, strategy="auto", recorded=False, watched=True, module_options=
     loggers = [TensorBoardLogger(folder, name="tb", version=""), CSVLogger(folder, name="csv", version="")]
     run = trainer(STEPS, strategy=strategy, logger=loggers, callbacks=callbacks, **options)
     run.fit(module)
-    weights = {name: param.detach().clone() for name, param in module.named_parameters()}
     if recorded:
         return expected_scalars(module.fed, run.optimizers[0].routes)
-    return weights if strategy != "muon_fsdp" else None
+    return weights(module)
 
 
 def expected_scalars(fed, routes):
@@ -120,6 +121,15 @@ def test_values_of_several_processes(tmp_path, expected, strategy, world_size):
     check(tmp_path, expected[0])
     one, several = ModelDescription.read(expected[1] / "tb"), ModelDescription.read(tmp_path / "csv")
     assert several == one
+
+
+def test_replicas_of_shards(tmp_path, expected):
+    run_processes(4, _replicas, str(tmp_path))
+    check(tmp_path, expected[0])
+
+
+def _replicas(folder):
+    train(folder, lm.MuonFSDPStrategy(num_replicas=2))
 
 
 def test_accumulated_gradients(tmp_path, expected):
@@ -249,7 +259,7 @@ def test_model_description_beside_the_logs(tmp_path):
     assert "model.lm_head.weight" not in found.parameters
 
 
-class Folderless(L.pytorch.loggers.logger.DummyLogger):
+class Folderless(DummyLogger):
     log_dir = None
 
 
@@ -323,6 +333,52 @@ def test_fabric_loop(tmp_path):
     assert not [tag for tag in values if "update_rms" not in tag]
 
 
+def fabric_loop():
+    fabric = L.Fabric(accelerator="cpu", devices=2, strategy="muon_zero1", plugins=[PoolEnvironment()])
+    fabric.launch()
+    bare = awkward_model()
+    module, optimizer = fabric.setup(Loss(bare), lm.Muon(bare, lr=0.1, orthogonalization_dtype=torch.float32))
+    fabric.backward(module(token_batches(1, 4)[0].chunk(2)[fabric.global_rank]))
+    optimizer.watch_next_step(spectra=optimizer.routes)
+    optimizer.step()
+    return lm.log_optimizer(DummyLogger(), optimizer, 1, families=FAMILIES)
+
+
+def test_fabric_loop_of_two_processes():
+    first, second = run_processes(2, fabric_loop)
+    assert first == second
+    model = awkward_model()
+    optimizer = lm.Muon(model, lr=0.1)
+    model.loss(token_batches(1, 4)[0]).backward()
+    optimizer.watch_next_step(spectra=optimizer.routes)
+    optimizer.step()
+    assert first == pytest.approx(collect([optimizer], [Request(FAMILIES)]).values, rel=1e-3, abs=2e-6)
+
+
+class Scaled(AwkwardLightningModule):
+    """The gradient of the second step does not fit into float16."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * 1e30 if batch_idx == 1 else loss
+
+
+def train_float16(folder):
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**12))
+    callbacks = [lm.MomentumSpectrumMonitor(every_n_steps=1), lm.WeightNormMonitor(every_n_steps=1)]
+    logger = TensorBoardLogger(folder, name="tb", version="")
+    plugins = [PoolEnvironment(), plugin]
+    trainer(3, logger=logger, callbacks=callbacks, plugins=plugins).fit(Scaled(num_steps=3))
+
+
+def test_a_step_that_the_gradient_scaler_leaves_out_logs_nothing_of_the_momentum(tmp_path):
+    run_processes(2, train_float16, str(tmp_path))
+    scalars, _ = events(tmp_path)
+    assert set(scalars["muon/weight_rms/_mean"]) == {1, 2, 3}
+    for family in ("momentum_q50", "ns_residual", "ns_steps", "ns_fail_frac"):
+        assert set(scalars[f"muon/{family}/_mean"]) == {1, 3}
+
+
 def test_fabric_loop_that_skips_a_step():
     model = awkward_model()
     optimizer = lm.Muon(model, lr=0.1, nonfinite="skip")
@@ -330,5 +386,5 @@ def test_fabric_loop_that_skips_a_step():
     model.square.weight.grad[0, 0] = torch.inf
     optimizer.watch_next_step(spectra=optimizer.routes)
     optimizer.step()
-    logger = L.pytorch.loggers.logger.DummyLogger()
+    logger = DummyLogger()
     assert lm.log_optimizer(logger, optimizer, 1, families=("momentum_q50", "ns_residual")) == {}

@@ -144,6 +144,6 @@ class MomentumSpectrumMonitor(Monitor):
                 for name, sigma in collection.momentum_spectra.items():
                     if self.request.wants(name) and (sigma > 0).any():
                         # by decades: on a linear axis all but the largest are one bar at 0
-                        logs = sigma[sigma > 0].log10().numpy()
+                        logs = sigma[sigma > 0].log10().clamp(max=0).numpy()  # 1, but for rounding
                         tag = f"muon/momentum_singular_values/{name}"
                         logger.experiment.add_histogram(tag, logs, trainer.global_step, bins=_LOG10_EDGES)
