@@ -23,7 +23,7 @@ def momentum():
 def test_it_is_the_hard_kind(momentum):
     """Spectral norms near the Frobenius norm, and small singular values far below any sequence's interval."""
     spectra = [spectrum_of(matrix) for matrix in momentum]
-    assert len({tuple(matrix.shape) for matrix in momentum}) >= 5
+    assert len({tuple(matrix.shape) for matrix in momentum}) >= 4
     assert max(sigma[0] for sigma in spectra) > 0.9
     assert min(sigma[len(sigma) // 2] for sigma in spectra) < 1e-3
 

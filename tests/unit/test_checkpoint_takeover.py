@@ -74,7 +74,7 @@ def test_the_next_steps_are_those_of_the_uninterrupted_run(with_names):
     for name, param in model.named_parameters():
         found, expected = other.get_parameter(name).detach(), param.detach()
         assert relative_error(found, expected) <= (5e-3 if name in MATRICES else 1e-6), name
-        assert relative_error(found - weights[name], expected - weights[name]) <= 0.02, name
+        assert relative_error(found - weights[name], expected - weights[name]) <= 0.03, name
     assert "18 of 18 parameters" in report.splitlines()[-1]
     assert any(line.split()[0] == "square.weight" and "bit for bit" in line for line in report.splitlines() if line)
 
