@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, overload
@@ -12,26 +11,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_muon import canonical_state
-from lightning_muon.adamw_step import step_adamw
-from lightning_muon.choosing import Chooser, StepCounts, Treatment
+from lightning_muon.choosing import StepCounts
 from lightning_muon.construction import CONSTRUCTION, HyperparametersOnLoad, constructed_options, describe, settle
 from lightning_muon.empty_state import empty_state, is_empty
 from lightning_muon.explain import explain
 from lightning_muon.guard import gradients_are_finite, nonfinite_error
 from lightning_muon.local import local, local_numel
-from lightning_muon.matrices import MatrixKey, MatrixLayout
-from lightning_muon.muon_step import HeldMatrices, MatrixOptions, MuonStage, UpdateRecord, zero_gradients
+from lightning_muon.matrices import MatrixKey
+from lightning_muon.muon_step import UpdateRecord
 from lightning_muon.orthogonalize import (
     Orthogonalization,
-    auto_settings,
-    check_range,
-    lowest_default_dtype,
-    nominal_sequence,
 )
-from lightning_muon.owned import OwnedParameter
 from lightning_muon.param_groups import Router, as_param_groups, check_options, unique_name
 from lightning_muon.partition import Alone, NamedState, Partition
 from lightning_muon.routing import Route, Rule
+from lightning_muon.step import Step, treatments
 from lightning_muon.watching import Watch
 
 __all__ = ["Muon"]
@@ -227,7 +221,8 @@ class Muon(Optimizer):
         self._update_records = []
         self._watch.begin()
         if self._may_step():
-            self._update()
+            step = Step(self.param_groups, self.state, self.routes, self._partition)
+            self._update_records += step.run(self._step_counts, self._watch, self.idle_matrices == "skip")
         self._partition.end_step()
         return loss
 
@@ -245,97 +240,6 @@ class Muon(Optimizer):
         """Drop the gradients."""
         super().zero_grad(set_to_none)
         self._partition.forget_gradients()
-
-    def _update(self) -> None:
-        """Stage by stage: while one is orthogonalised, its neighbours may travel."""
-        names = [name for name, _ in self.named_parameters()]
-        idle = self._left_alone(names)
-        stages = [frozenset(stage) for stage in self._partition.stages(names)]
-        options = self._matrix_options()
-        treatments = {name: one.treatment for name, one in options.items()}
-        self._step_counts.step += 1
-        chooser = Chooser(treatments, self._step_counts, self._watch.last or frozenset())
-        sent: deque[MuonStage] = deque()
-        returning: deque[tuple[int, MuonStage]] = deque()
-        for number in range(len(stages) + self._partition.ahead):
-            if number < len(stages):
-                exchange = self._partition.exchange(number, idle)
-                sent.append(MuonStage(self._held_matrices(stages[number]), options, exchange, idle))
-                self._update_elementwise(stages[number])
-            if number >= self._partition.ahead:
-                stage = sent.popleft()
-                self._update_records += stage.orthogonalize(chooser, with_telemetry=self._watch.last is not None)
-                returning.append((number - self._partition.ahead, stage))
-            while returning and (len(returning) > self._partition.ahead or not sent):
-                finished, stage = returning.popleft()
-                stage.finish()
-                self._partition.publish(finished)
-        self._settle(chooser, treatments)
-        self._watch.spectra = chooser.spectra
-
-    def _settle(self, chooser: Chooser, treatments: Mapping[str, Treatment]) -> None:
-        """All processes learn what the owners have chosen."""
-        if self._step_counts.is_due(treatments.values()):
-            device = next(param for _, param in self.named_parameters()).device
-            chosen = torch.tensor(chooser.settled(), dtype=torch.float32, device=device)
-            self._step_counts.adopt(treatments, [int(count) for count in self._partition.maximum(chosen).tolist()])
-
-    def _left_alone(self, names: Sequence[str]) -> Container[MatrixKey]:
-        """The matrices that take no part in a step."""
-        if self.idle_matrices == "skip":
-            return self._partition.idle(*zero_gradients(self._held_matrices(names)))
-        return frozenset(
-            (name, number)
-            for name, param in self.named_parameters()
-            if param.grad is None and self.routes[name].algorithm == "muon"
-            for number in range(self._layout(name).num_matrices)
-        )
-
-    def _held(self, algorithm: str, names: Container[str]) -> Iterator[OwnedParameter]:
-        for group in self.param_groups:
-            if group["algorithm"] == algorithm:
-                for name, param in zip(group["param_names"], group["params"], strict=True):
-                    if name in names and param.grad is not None:
-                        ranges = self.local_ranges(name, param)
-                        if ranges:
-                            yield OwnedParameter(name, param, self.state[param], ranges, group)
-
-    def _held_matrices(self, names: Container[str]) -> list[HeldMatrices]:
-        return [
-            HeldMatrices(held, self._partition.parts(held.name, self._layout(held.name), local_numel(held.param)))
-            for held in self._held("muon", names)
-        ]
-
-    def _matrix_options(self) -> dict[str, MatrixOptions]:
-        """Of all that Muon trains.
-
-        Raises:
-            ValueError: A sequence is not safe in the precision that it would run in.
-        """
-        return {
-            name: MatrixOptions(group, self._layout(name).transposed, treatment)
-            for group in self.param_groups
-            if group["algorithm"] == "muon"
-            for name, treatment in self._treatments(group)
-        }
-
-    def _treatments(self, group: Mapping[str, Any]) -> Iterator[tuple[str, Treatment]]:
-        auto, dtype = auto_settings(group["orthogonalization"]), group["orthogonalization_dtype"]
-        sequence = nominal_sequence(group["orthogonalization"])
-        for name, param in zip(group["param_names"], group["params"], strict=True):
-            if sequence is not None:
-                check_range(sequence, dtype or lowest_default_dtype(param.dtype, param.device))
-            yield name, Treatment(sequence, auto, dtype, self._layout(name).num_matrices)
-
-    def _update_elementwise(self, names: Container[str]) -> None:
-        held = list(self._held("adamw", names))
-        for group in self.param_groups:
-            step_adamw(group, [parameter for parameter in held if parameter.group is group])
-
-    def _layout(self, name: str) -> MatrixLayout:
-        layout = self.routes[name].layout
-        assert layout is not None  # the routes to Muon have one
-        return layout
 
     def _may_step(self) -> bool:
         """The policy on gradients that are not finite, the same on every process."""
@@ -516,8 +420,7 @@ class Muon(Optimizer):
             canonical_state.unpack_(self.state[param], by_name[name], partial(self._partition.take, name))
         self._consolidated.clear()
         self._constructed[:] = constructed
-        treatments = {name: one.treatment for name, one in self._matrix_options().items()}
-        self._step_counts.load(state_dict.get(CONSTRUCTION, {}), treatments)
+        self._step_counts.load(state_dict.get(CONSTRUCTION, {}), treatments(self.param_groups, self.routes))
 
     def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Raise what ``load_state_dict`` would raise, and change nothing.
