@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from lightning_muon.exchange import Exchange
 from lightning_muon.matrices import MatrixKey, MatrixPart
 from lightning_muon.orthogonalize import PolynomialSequence, Probe, orthogonalize_batch
 from lightning_muon.owned import OwnedParameter, Run
-from lightning_muon.updates import apply_update_, momentum_, update_scale
+from lightning_muon.updates import apply_updates_, momentum_, update_scale
 
 __all__ = ["HeldMatrices", "MatrixOptions", "MuonStage", "UpdateRecord", "zero_gradients"]
 
@@ -94,15 +95,18 @@ def zero_gradients(held: Iterable[HeldMatrices]) -> tuple[list[MatrixKey], Tenso
     Returns:
         The keys, and ``(len(keys),)`` booleans.
     """
-    keys, any_gradient = [], []
+    keys, gradients = [], []
     for matrices in held:
         for run, parts in zip(matrices.parameter.runs(), matrices.parts, strict=True):
             for part in parts:
                 keys.append(part.key)
-                any_gradient.append(part.view(run.gradient).any())
+                gradients.append(part.view(run.gradient))
     if not keys:
         return [], torch.ones(0, dtype=torch.bool)
-    return keys, ~torch.stack([flag.to(any_gradient[0].device) for flag in any_gradient])
+    largest = torch._foreach_norm(gradients, ord=math.inf)  # NaN is not 0
+    dtypes = {norm.dtype for norm in largest}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float64
+    return keys, torch.stack([norm.to(largest[0].device, dtype) for norm in largest]) == 0
 
 
 class MuonStage:
@@ -171,16 +175,16 @@ class MuonStage:
             parameter.write_back(runs)
 
     def _apply(self, updates: Iterable[tuple[int, Tensor]]) -> None:
+        alike: dict[tuple[Any, ...], list[tuple[Tensor, Tensor]]] = {}
         for number, update in updates:
             moving = self._moving[number]
             options = self._options[moving.part.key[0]]
-            apply_update_(
-                moving.weight,
-                update,
-                lr=options.group["lr"],
-                weight_decay=options.group["weight_decay"],
-                scale=options.scale(moving.part.shape),
-            )
+            group = options.group
+            how = (float(group["lr"]), group["weight_decay"], options.scale(moving.part.shape))
+            alike.setdefault((*how, update.dtype, update.device), []).append((moving.weight, update))
+        for (lr, weight_decay, scale, *_), pairs in alike.items():
+            weights, values = map(list, zip(*pairs, strict=True))
+            apply_updates_(weights, values, lr=lr, weight_decay=weight_decay, scale=scale)
 
     def _batches(
         self, matrices: Mapping[MatrixKey, Tensor], sequences: Mapping[MatrixKey, PolynomialSequence | None]
@@ -206,10 +210,13 @@ def _advance_momentum(
     """Advance the momentum of the held parts, and give each with its piece of what is orthogonalised, float32 at
     least."""
     group = matrices.parameter.group
+    moving, buffers, gradients = [], [], []
     for run, parts in zip(runs, matrices.parts, strict=True):
         gradient = run.gradient.neg() if group["maximize"] else run.gradient
         for part in parts:
             if part.key not in idle:
-                buffer = part.view(run.state["momentum_buffer"])
-                fed = momentum_(buffer, part.view(gradient), group["momentum"], group["nesterov"])
-                yield _MovingPart(part, part.view(run.weight)), fed
+                moving.append(_MovingPart(part, part.view(run.weight)))
+                buffers.append(part.view(run.state["momentum_buffer"]))
+                gradients.append(part.view(gradient))
+    if moving:
+        yield from zip(moving, momentum_(buffers, gradients, group["momentum"], group["nesterov"]), strict=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-__all__ = ["SCALES", "adamw_", "apply_update_", "momentum_", "state_dtypes", "update_scale"]
+__all__ = ["SCALES", "adamw_", "apply_updates_", "momentum_", "state_dtypes", "update_scale"]
 
 SCALES = ("match_rms_adamw", "original", "spectral")
 
@@ -50,34 +50,47 @@ def state_dtypes(algorithm: str, dtype: torch.dtype, master_weights: bool) -> di
     return {"exp_avg": average, "exp_avg_sq": average, **master}
 
 
-def momentum_(buffer: Tensor, gradient: Tensor, momentum: float, nesterov: bool) -> Tensor:
+def momentum_(buffers: list[Tensor], gradients: list[Tensor], momentum: float, nesterov: bool) -> Sequence[Tensor]:
     """``M ← μM + (1-μ)G`` in place; what is orthogonalised is ``(1-μ)G + μM`` (Nesterov) or ``M`` itself.
 
     This is ``torch.optim.Muon``'s form. It is ``(1-μ)`` times Moonlight's ``M ← μM + G``, ``G + μM``, and the polar
-    factor does not see a factor.
+    factor does not see a factor. All tensors go through one call each: a model of experts has thousands.
 
     Args:
-        buffer: The momentum, float32 at least.
-        gradient: Same shape as ``buffer``, any floating dtype; left untouched.
+        buffers: The momenta, float32 at least.
+        gradients: Same shapes as ``buffers``, any floating dtype; left untouched.
 
     Returns:
-        What is orthogonalised: ``buffer`` itself without Nesterov, so do not write to it.
+        What is orthogonalised: ``buffers`` themselves without Nesterov, so do not write to them.
     """
-    gradient = gradient.to(buffer.dtype)
-    buffer.lerp_(gradient, 1 - momentum)
-    return gradient.lerp(buffer, momentum) if nesterov else buffer
+    exact = [gradient.to(buffer.dtype) for gradient, buffer in zip(gradients, buffers, strict=True)]
+    torch._foreach_lerp_(buffers, exact, 1 - momentum)
+    if not nesterov:
+        return buffers
+    if all(a is b for a, b in zip(exact, gradients, strict=True)):
+        return torch._foreach_lerp(exact, buffers, momentum)
+    own = [a.clone() if a is b else a for a, b in zip(exact, gradients, strict=True)]
+    torch._foreach_lerp_(own, buffers, momentum)
+    return own
 
 
-def apply_update_(weight: Tensor, update: Tensor, *, lr: float, weight_decay: float, scale: float) -> None:
+def apply_updates_(
+    weights: list[Tensor], updates: list[Tensor], *, lr: float, weight_decay: float, scale: float
+) -> None:
     """``W ← W - lr·(scale·update + weight_decay·W)`` in place; decay knows the learning rate only, not the scale.
 
     A 16-bit weight is computed in float32 and rounded once.
+
+    Args:
+        weights: Of any floating dtypes.
+        updates: Same shapes, all of one dtype.
     """
-    if weight.dtype == update.dtype:
-        weight.mul_(1 - lr * weight_decay).add_(update, alpha=-lr * scale)
-    else:
-        exact = weight.to(update.dtype).mul_(1 - lr * weight_decay).add_(update, alpha=-lr * scale)
-        weight.copy_(exact)
+    exact = [weight.to(update.dtype) for weight, update in zip(weights, updates, strict=True)]
+    torch._foreach_mul_(exact, 1 - lr * weight_decay)
+    torch._foreach_add_(exact, updates, alpha=-lr * scale)
+    for weight, result in zip(weights, exact, strict=True):
+        if result is not weight:
+            weight.copy_(result)
 
 
 def adamw_(
