@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,6 @@ from lightning_muon.orthogonalize import Auto, PolynomialSequence, default_dtype
 
 __all__ = ["Chooser", "StepCounts", "Treatment", "describe_counts"]
 
-_logger = logging.getLogger(__name__)
 # Spectra are computed from float64 copies; this bounds them (256 MiB).
 _MAX_LOOK_ELEMENTS = 1 << 25
 
@@ -73,8 +71,12 @@ class StepCounts:
         """Whether spectra are looked at in this step."""
         return any(settings.is_due(self.step) for settings in {one.auto for one in treatments} if settings is not None)
 
-    def adopt(self, treatments: Mapping[str, Treatment], chosen: Sequence[int]) -> None:
-        """Take what all processes have found, for the matrices of ``"auto"`` in order; 0 leaves one as it was."""
+    def adopt(self, treatments: Mapping[str, Treatment], chosen: Sequence[int]) -> int:
+        """Take what all processes have found, for the matrices of ``"auto"`` in order; 0 leaves one as it was.
+
+        Returns:
+            How many matrices take another number of steps now.
+        """
         found = iter(chosen)
         changed = 0
         for name, treatment in treatments.items():
@@ -82,14 +84,11 @@ class StepCounts:
                 old = self.counts.get(name, [0] * treatment.num_matrices)
                 self.counts[name] = [next(found) or count for count in old]
                 changed += sum(a != b for a, b in zip(old, self.counts[name], strict=True))
-        if changed:
-            everything = [count for counts in self.counts.values() for count in counts]
-            _logger.info(
-                "auto at optimizer step %d: %d matrices take another number of steps; now %s",
-                self.step,
-                changed,
-                describe_counts(everything),
-            )
+        return changed
+
+    def describe(self) -> str:
+        """All counts in a line."""
+        return describe_counts(count for counts in self.counts.values() for count in counts)
 
 
 def describe_counts(counts: Iterable[int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,6 +22,8 @@ from lightning_muon.routing import Route
 from lightning_muon.watching import Watch
 
 __all__ = ["Step", "treatments"]
+
+_logger = logging.getLogger(__name__)
 
 
 class Step:
@@ -86,7 +89,15 @@ class Step:
         if step_counts.is_due(self._treatments.values()):
             device = next(param for _, param in self._named()).device
             chosen = torch.tensor(chooser.settled(), dtype=torch.float32, device=device)
-            step_counts.adopt(self._treatments, [int(count) for count in self._partition.maximum(chosen).tolist()])
+            everybodys = [int(count) for count in self._partition.maximum(chosen).tolist()]
+            changed = step_counts.adopt(self._treatments, everybodys)
+            if changed and self._partition.rank == 0:
+                _logger.info(
+                    "auto at optimizer step %d: %d matrices take another number of steps; now %s",
+                    step_counts.step,
+                    changed,
+                    step_counts.describe(),
+                )
 
     def _idle(self, names: Sequence[str]) -> Container[MatrixKey]:
         return self._partition.idle(*zero_gradients(self._held_matrices(names)))
