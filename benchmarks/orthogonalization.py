@@ -4,7 +4,8 @@
 
 Stacks of random matrices, as the optimizer batches them. torch's function takes one matrix and always computes in
 bfloat16; it is called in a loop. Both run ``keller5``, whose coefficients are torch's, and then ours its default
-sequence; "default" is the precision that is chosen on this machine. In turns, medians of the ratios.
+sequence; "default" is the precision that is chosen on this machine. In turns, medians of the ratios. The last column is
+the spectrum that ``"auto"`` looks at now and then, in times of the iteration.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch.optim._muon import _zeropower_via_newtonschulz
 import lightning_muon as lm
 from benchmarks.timing import time_alternating
 from examples.moe_lm.demo import environment
-from lightning_muon.orthogonalize import default_dtype, polynomial_sequence
+from lightning_muon.orthogonalize import default_dtype, polynomial_sequence, relative_singular_values
 from lightning_muon.orthogonalize.dispatch import uses_gram
 
 KELLER = polynomial_sequence("keller5")
@@ -57,13 +58,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    print(f"{'':14}{'':38}{'torch':>10}  {'ours, times as fast (median; quartiles)':}")
+    print(f"{'':14}{'':38}{'torch':>10}  ours, times as fast")
     rows = []
     for shape, meaning in SHAPES.items():
         rows.append(measure(torch.randn(shape, device=options.accelerator), options.rounds, options.seconds))
         row = {**rows[-1], "meaning": meaning}
         ways = "  ".join(f"{name} {way['speed']:.2f}x ({way['way']})" for name, way in row["ours"].items())
-        print(f"{'x'.join(map(str, shape)):14}{meaning:38}{row['torch_ms']:>8.1f}ms  {ways}", flush=True)
+        look = f"spectrum {row['spectrum_over_polar_express5']:.2f}"
+        print(f"{'x'.join(map(str, shape)):14}{meaning:38}{row['torch_ms']:>8.1f}ms  {ways}  {look}", flush=True)
     if options.json is not None:
         options.json.write_text(json.dumps({"rows": rows, **environment()}, indent=2) + "\n")
 
@@ -80,13 +82,16 @@ def measure(x: Tensor, rounds: int, seconds: float) -> dict[str, Any]:
     calls: dict[str, Callable[[], object]] = {"torch": partial(_synchronized, torchs, x)}
     for name, (sequence, dtype) in ours.items():
         calls[name] = partial(_synchronized, lm.orthogonalize, x, sequence, dtype=dtype)
+    calls["spectrum"] = partial(_synchronized, relative_singular_values, x)
     once = sum(time_alternating(calls, 1, warmup=1)[name][0] for name in calls)
     times = time_alternating(calls, max(3, min(rounds, round(seconds / once))), warmup=0)
     reference = statistics.median(times["torch"])
+    looks = [a / b for a, b in zip(times["spectrum"], times["polar_express5 default"], strict=True)]
     return {
         "shape": list(x.shape),
         "rounds": len(times["torch"]),
         "torch_ms": 1e3 * reference,
+        "spectrum_over_polar_express5": statistics.median(looks),
         "ours": {
             name: {
                 "ms": 1e3 * statistics.median(times[name]),
