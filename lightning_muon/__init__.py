@@ -7,7 +7,7 @@ from lightning_muon.data import GlobalBatchLoader
 from lightning_muon.fabric.checkpoint_io import MuonCheckpointIO
 from lightning_muon.fabric.log import log_optimizer
 from lightning_muon.muon import Muon
-from lightning_muon.orthogonalize import orthogonalize
+from lightning_muon.orthogonalize import available_sequences, orthogonalize
 from lightning_muon.pytorch import MuonFSDPStrategy, MuonZero1Strategy
 from lightning_muon.pytorch.callbacks import (
     MomentumSpectrumMonitor,
@@ -32,6 +32,7 @@ __all__ = [
     "SpectrumMonitor",
     "UpdateRMSMonitor",
     "WeightNormMonitor",
+    "available_sequences",
     "grad_norm",
     "log_optimizer",
     "mark",

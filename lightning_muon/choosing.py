@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +16,9 @@ from lightning_muon.orthogonalize import Auto, PolynomialSequence, default_dtype
 
 __all__ = ["Chooser", "StepCounts", "Treatment", "describe_counts"]
 
-# Spectra are computed from float64 copies; this bounds them (256 MiB).
-_MAX_LOOK_ELEMENTS = 1 << 25
+_logger = logging.getLogger(__name__)
+# Spectra are computed from float64 copies, four at a time; this bounds them (256 MiB).
+_MAX_LOOK_ELEMENTS = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,12 @@ class StepCounts:
 
     Attributes:
         step: Optimizer steps so far.
+        looked: The last of them that looked at spectra.
         counts: For each parameter the number of each matrix; 0 where none was looked at yet.
     """
 
     step: int = 0
+    looked: int = 0
     counts: dict[str, list[int]] = field(default_factory=dict)
 
     def of(self, key: MatrixKey) -> int | None:
@@ -53,18 +57,23 @@ class StepCounts:
         name, number = key
         return self.counts[name][number] or None if name in self.counts else None
 
-    def state(self) -> dict[str, Any]:
-        """For a checkpoint: numbers and text."""
-        return {"step": self.step, "counts": {name: list(counts) for name, counts in self.counts.items()}}
+    def state(self, treatments: Mapping[str, Treatment]) -> dict[str, Any]:
+        """For a checkpoint: numbers and text, zeros before the first look: the keys are always the same."""
+        counts = {
+            name: list(self.counts.get(name, [0] * treatment.num_matrices))
+            for name, treatment in treatments.items()
+            if treatment.auto is not None
+        }
+        return {"step": self.step, "looked": self.looked, "counts": counts}
 
     def load(self, state: Mapping[str, Any], treatments: Mapping[str, Treatment]) -> None:
         """Go on from a checkpoint's; parameters that are read as other matrices now begin anew."""
-        self.step = int(state.get("step", 0))
-        saved = {name: [int(count) for count in counts] for name, counts in state.get("counts", {}).items()}
+        self.step, self.looked = int(state.get("step", 0)), int(state.get("looked", 0))
+        saved = {name: [max(0, int(count)) for count in counts] for name, counts in state.get("counts", {}).items()}
         self.counts = {
-            name: saved[name]
+            name: [min(count, treatment.auto.most_steps) for count in saved[name]]
             for name, treatment in treatments.items()
-            if treatment.auto is not None and len(saved.get(name, ())) == treatment.num_matrices
+            if treatment.auto is not None and len(saved.get(name, ())) == treatment.num_matrices and any(saved[name])
         }
 
     def is_due(self, treatments: Iterable[Treatment]) -> bool:
@@ -78,7 +87,7 @@ class StepCounts:
             How many matrices take another number of steps now.
         """
         found = iter(chosen)
-        changed = 0
+        changed, self.looked = 0, self.step
         for name, treatment in treatments.items():
             if treatment.auto is not None:
                 old = self.counts.get(name, [0] * treatment.num_matrices)
@@ -92,10 +101,12 @@ class StepCounts:
 
 
 def describe_counts(counts: Iterable[int]) -> str:
-    """``4 steps (12 matrices), 5 steps (52 matrices)``."""
-    tally = sorted(Counter(counts).items())
+    """``4 steps (1 matrix), 5 steps (52 matrices)``."""
     words = {0: "not looked at yet"}
-    return ", ".join(f"{words.get(count, f'{count} steps')} ({number} matrices)" for count, number in tally)
+    return ", ".join(
+        f"{words.get(count, f'{count} steps')} ({number} {'matrix' if number == 1 else 'matrices'})"
+        for count, number in sorted(Counter(counts).items())
+    )
 
 
 class Chooser:
@@ -166,4 +177,10 @@ def _spectra(matrices: Mapping[MatrixKey, Tensor]) -> Iterator[tuple[MatrixKey, 
         for first in range(0, len(keys), size):
             some = keys[first : first + size]
             wide = [matrices[key] if matrices[key].shape[0] == short else matrices[key].mT for key in some]
-            yield from zip(some, relative_singular_values(torch.stack(wide)).cpu(), strict=True)
+            try:
+                sigma = relative_singular_values(torch.stack(wide)).cpu()
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+                # on this process alone, and a look is not worth the training
+                _logger.warning("The eigenvalues of %d matrices of %d x %d did not converge.", len(some), short, long)
+                sigma = torch.full((len(some), short), torch.nan, dtype=torch.float64)
+            yield from zip(some, sigma, strict=True)

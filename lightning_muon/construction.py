@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lightning_muon.matrices import MatrixLayout
+from lightning_muon.orthogonalize import same_orthogonalization
 from lightning_muon.routing import Route
 
 __all__ = ["CONSTRUCTION", "HyperparametersOnLoad", "constructed_options", "describe", "settle"]
@@ -83,7 +84,7 @@ def settle(
     kept, settled, faults = [], [], []
     for group, options in zip(param_groups, constructed, strict=True):
         before = by_name[group["param_names"][0]]
-        differing = [key for key in options if key in before and _plain(before[key]) != options[key]]
+        differing = [key for key in options if key in before and not _agree(key, before[key], options[key])]
         faults += [f"{key}={before[key]!r} saved, {options[key]!r} now ({group['name']})" for key in differing]
         keys = [name for key in differing for name in (key, *_ALIASES.get(key, ()))]
         kept.append({key: group[key] for key in keys if key in group} if policy == "current" else {})
@@ -124,6 +125,15 @@ def _layouts(routes: Mapping[str, Route]) -> dict[str, MatrixLayout]:
 
 def _words(layout: MatrixLayout) -> str:
     return layout.describe() + (" stored (in, out)" if layout.transposed else "")
+
+
+def _agree(key: str, saved: Any, now: Any) -> bool:
+    if _plain(saved) == now:
+        return True
+    try:
+        return key == "orthogonalization" and same_orthogonalization(saved, now)
+    except (TypeError, ValueError):  # of a later version
+        return False
 
 
 def _plain(value: Any) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from lightning_muon.choosing import StepCounts, describe_counts
-from lightning_muon.orthogonalize import lowest_default_dtype
+from lightning_muon.orthogonalize import default_dtype_of
 from lightning_muon.routing import Route
 from lightning_muon.updates import update_scale
 
@@ -44,7 +45,7 @@ def _chosen(step_counts: StepCounts) -> list[str]:
         return []
     width = max(map(len, step_counts.counts))
     lines = [f"  {name.ljust(width)}  {describe_counts(counts)}" for name, counts in step_counts.counts.items()]
-    return [f"orthogonalization='auto', chosen by optimizer step {step_counts.step}:", *lines]
+    return [f"orthogonalization='auto', as chosen in optimizer step {step_counts.looked}:", *lines]
 
 
 def _scales(scale: str, decision: Route) -> str:
@@ -61,7 +62,7 @@ def _settings(group: Mapping[str, Any]) -> str:
     text = f"group {group['name']!r} by {group['algorithm']}: " + ", ".join(f"{key}={group[key]!r}" for key in keys)
     if group["algorithm"] == "muon":
         param = group["params"][0]
-        dtype = group["orthogonalization_dtype"] or lowest_default_dtype(param.dtype, param.device)
+        dtype = group["orthogonalization_dtype"] or default_dtype_of(param.dtype, param.device, sys.maxsize)
         small = dtype == torch.bfloat16 and group["orthogonalization_dtype"] is None
         words = f"{dtype} (float32 below a short side of 128)" if small else f"{dtype}"
         text += f", orthogonalization={group['orthogonalization']!r} in {words} on {param.device.type}"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_muon import canonical_state
-from lightning_muon.choosing import StepCounts
+from lightning_muon.choosing import StepCounts, Treatment
 from lightning_muon.construction import CONSTRUCTION, HyperparametersOnLoad, constructed_options, describe, settle
 from lightning_muon.empty_state import empty_state, is_empty
 from lightning_muon.explain import explain
@@ -400,7 +400,8 @@ class Muon(Optimizer):
                 " of them first, then state_dict() on process 0; fabric.save and the Trainer do this by themselves."
             )
         state = canonical_state.pack(super().state_dict(), dict(self.named_parameters()), self._consolidated)
-        return {**state, CONSTRUCTION: {**describe(self._constructed, self.routes), **self._step_counts.state()}}
+        steps = self._step_counts.state(treatments(self.param_groups, self.routes))
+        return {**state, CONSTRUCTION: {**describe(self._constructed, self.routes), **steps}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a canonical state, whole or of ``DTensor`` s like the parameters; a process takes what it owns.
@@ -412,7 +413,7 @@ class Muon(Optimizer):
                 ``hyperparameters_on_load`` does not allow them. Nothing has been changed.
         """
         self._create_state()
-        groups, by_name, constructed = self._match(state_dict)
+        groups, by_name, constructed, found = self._match(state_dict)
         super().load_state_dict({"state": {}, "param_groups": groups})
         self.state.clear()
         self._create_state()
@@ -420,7 +421,7 @@ class Muon(Optimizer):
             canonical_state.unpack_(self.state[param], by_name[name], partial(self._partition.take, name))
         self._consolidated.clear()
         self._constructed[:] = constructed
-        self._step_counts.load(state_dict.get(CONSTRUCTION, {}), treatments(self.param_groups, self.routes))
+        self._step_counts.load(state_dict.get(CONSTRUCTION, {}), found)
 
     def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Raise what ``load_state_dict`` would raise, and change nothing.
@@ -432,15 +433,18 @@ class Muon(Optimizer):
 
     def _match(
         self, state_dict: Mapping[str, Any]
-    ) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]], list[dict[str, Any]]]:
-        """Groups to go on with, entries by parameter name, and what the groups count as constructed with."""
+    ) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]], list[dict[str, Any]], dict[str, Treatment]]:
+        """Groups to go on with, entries by parameter name, what the groups count as constructed with, and how their
+        matrices will be treated."""
         groups, by_name = canonical_state.match(state_dict, self.param_groups)
         kept, constructed = settle(
             state_dict, self.param_groups, self._constructed, self.routes, self.hyperparameters_on_load
         )
         for group, options in zip(groups, kept, strict=True):
             group.update(options)
-        return groups, by_name, constructed
+        pairs = zip(groups, self.param_groups, strict=True)
+        found = treatments([{**group, "params": now["params"]} for group, now in pairs], self.routes)
+        return groups, by_name, constructed, found
 
     def replace_parameters(self, new: Mapping[nn.Parameter, nn.Parameter]) -> None:
         """Train other parameters in the place of some: the shards that a strategy has made of them.

@@ -162,7 +162,8 @@ class MuonStage:
             self._apply(self._exchange.give_back(back))
             scales = [self._options[name].scale(matrices[name, number].shape) for name, number in keys]
             norms = torch.linalg.vector_norm(updates, dim=(-2, -1))
-            squares = (norms * norms.new_tensor(scales)).square()
+            # a tensor of several would wait for the device
+            squares = (norms * (scales[0] if len(set(scales)) == 1 else norms.new_tensor(scales))).square()
             participation_ranks, residuals = (None, None) if probe is None else probe.collected()
             records.append(UpdateRecord(tuple(keys), squares, participation_ranks, residuals, sequence))
         self._apply(self._exchange.send_back())

@@ -164,8 +164,10 @@ def check_options(group: dict[str, Any], defaults: Mapping[str, Any], adamw_opti
         if not 0 <= value < 1:
             raise ValueError(f"{key}: {value!r} must be in [0, 1).")
     dtype = options["orthogonalization_dtype"]
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise ValueError(f"orthogonalization_dtype={dtype!r} must be a torch.dtype, torch.bfloat16 say, or None.")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(
+            f"orthogonalization_dtype={dtype!r} must be a floating-point torch.dtype, torch.bfloat16 say, or None."
+        )
     update_scale(options["scale"], 1, 1)
     if group["algorithm"] == "muon":
         sequence = nominal_sequence(options["orthogonalization"])

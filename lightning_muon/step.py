@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Container, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from lightning_muon.choosing import Chooser, StepCounts, Treatment
 from lightning_muon.local import local_numel
 from lightning_muon.matrices import MatrixKey, MatrixLayout
 from lightning_muon.muon_step import HeldMatrices, MatrixOptions, MuonStage, UpdateRecord, zero_gradients
-from lightning_muon.orthogonalize import auto_settings, check_range, lowest_default_dtype, nominal_sequence
+from lightning_muon.orthogonalize import auto_settings, check_range, default_dtype_of, nominal_sequence
 from lightning_muon.owned import OwnedParameter
 from lightning_muon.partition import Partition
 from lightning_muon.routing import Route
@@ -146,7 +147,8 @@ class Step:
 
 
 def treatments(param_groups: Sequence[Mapping[str, Any]], routes: Mapping[str, Route]) -> dict[str, Treatment]:
-    """How the matrices of each parameter that Muon trains are orthogonalised, by name.
+    """How the matrices of each parameter that Muon trains are orthogonalised, in the order of their names: processes
+    may list them in any order, and tell each other of them in this one.
 
     Raises:
         ValueError: A sequence is not safe in the precision that it would run in.
@@ -157,10 +159,18 @@ def treatments(param_groups: Sequence[Mapping[str, Any]], routes: Mapping[str, R
             auto, dtype = auto_settings(group["orthogonalization"]), group["orthogonalization_dtype"]
             sequence = nominal_sequence(group["orthogonalization"])
             for name, param in zip(group["param_names"], group["params"], strict=True):
+                layout = _layout(routes, name)
                 if sequence is not None:
-                    check_range(sequence, dtype or lowest_default_dtype(param.dtype, param.device))
-                found[name] = Treatment(sequence, auto, dtype, _layout(routes, name).num_matrices)
-    return found
+                    check_range(
+                        sequence, dtype or default_dtype_of(param.dtype, param.device, _longest_short_side(layout))
+                    )
+                found[name] = Treatment(sequence, auto, dtype, layout.num_matrices)
+    return dict(sorted(found.items()))
+
+
+@lru_cache(maxsize=4096)
+def _longest_short_side(layout: MatrixLayout) -> int:
+    return max(min(block.rows, cut) for block in layout.blocks() for cut in block.cuts)
 
 
 def _layout(routes: Mapping[str, Route], name: str) -> MatrixLayout:

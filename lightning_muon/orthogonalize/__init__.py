@@ -2,7 +2,7 @@
 
 from lightning_muon.orthogonalize.auto import Auto
 from lightning_muon.orthogonalize.call import orthogonalize, orthogonalize_batch
-from lightning_muon.orthogonalize.dispatch import default_dtype, lowest_default_dtype, orthogonalization_flops
+from lightning_muon.orthogonalize.dispatch import default_dtype, default_dtype_of, orthogonalization_flops
 from lightning_muon.orthogonalize.exact import rank_tolerance
 from lightning_muon.orthogonalize.generator import polar_express
 from lightning_muon.orthogonalize.safety import check_range
@@ -14,6 +14,7 @@ from lightning_muon.orthogonalize.specification import (
     nominal_sequence,
     plain,
     polynomial_sequence,
+    same_orthogonalization,
 )
 from lightning_muon.orthogonalize.spectrum import noise_floor, relative_singular_values, singular_values
 from lightning_muon.orthogonalize.telemetry import Probe
@@ -27,7 +28,7 @@ __all__ = [
     "available_sequences",
     "check_range",
     "default_dtype",
-    "lowest_default_dtype",
+    "default_dtype_of",
     "noise_floor",
     "nominal_sequence",
     "orthogonalization_flops",
@@ -38,5 +39,6 @@ __all__ = [
     "polynomial_sequence",
     "rank_tolerance",
     "relative_singular_values",
+    "same_orthogonalization",
     "singular_values",
 ]

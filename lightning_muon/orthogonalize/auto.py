@@ -44,6 +44,10 @@ class Auto:
     most_steps: int = 8
 
     def __post_init__(self) -> None:
+        for key in ("quantile", "band"):
+            value = getattr(self, key)
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise ValueError(f"auto: {key}={value!r} must be a number.")
         if not 0 <= self.quantile < 1:
             raise ValueError(f"auto: quantile={self.quantile!r} must be in [0, 1).")
         if not 0.01 <= self.band <= 0.5:

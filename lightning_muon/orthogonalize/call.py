@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_muon.orthogonalize.dispatch import default_dtype, iterate
 from lightning_muon.orthogonalize.exact import polar_factor
+from lightning_muon.orthogonalize.precision import full_precision
 from lightning_muon.orthogonalize.safety import check_range
 from lightning_muon.orthogonalize.sequence import PolynomialSequence
 from lightning_muon.orthogonalize.specification import Orthogonalization, polynomial_sequence
@@ -34,9 +35,17 @@ def orthogonalize(
         ``(..., rows, cols)`` in the dtype of ``x``, new memory.
 
     Raises:
+        TypeError: ``x`` is no dense tensor, or ``dtype`` no floating-point dtype.
         ValueError: ``x`` has fewer than two dimensions or is not floating point, ``orthogonalization`` is unknown, or
             the sequence is not safe in this dtype.
     """
+    if not isinstance(x, Tensor) or x.layout != torch.strided:
+        kind = f"a tensor of layout {x.layout}" if isinstance(x, Tensor) else f"{type(x).__name__}"
+        raise TypeError(f"orthogonalize needs a dense torch.Tensor; got {kind}.")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(
+            f"orthogonalize: dtype={dtype!r} must be a floating-point torch.dtype, torch.float32 say, or None."
+        )
     if x.ndim < 2 or not x.is_floating_point():
         raise ValueError(
             f"orthogonalize needs floating-point matrices (..., rows, cols); got {x.dtype} of shape {tuple(x.shape)}."
@@ -66,7 +75,13 @@ def orthogonalize_batch(
     Returns:
         ``(batch, rows, cols)`` in the dtype of ``x``, new memory.
     """
-    dtype = dtype or default_dtype(x)
+    with full_precision(x.device):
+        return _orthogonalize_batch(x, sequence, dtype or default_dtype(x), probe)
+
+
+def _orthogonalize_batch(
+    x: Tensor, sequence: PolynomialSequence | None, dtype: torch.dtype, probe: Probe | None
+) -> Tensor:
     precise = torch.promote_types(torch.promote_types(x.dtype, dtype), torch.float32)
     if sequence is None:
         return polar_factor(x.to(precise)).to(x.dtype)

@@ -5,6 +5,7 @@ By rules of shape, precision and device alone, so that every process and every r
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
@@ -15,7 +16,7 @@ from lightning_muon.orthogonalize.newton_schulz import newton_schulz, newton_sch
 from lightning_muon.orthogonalize.sequence import PolynomialSequence
 from lightning_muon.orthogonalize.telemetry import Probe
 
-__all__ = ["default_dtype", "iterate", "lowest_default_dtype", "orthogonalization_flops", "uses_gram"]
+__all__ = ["default_dtype", "default_dtype_of", "iterate", "orthogonalization_flops", "uses_gram"]
 
 # elementwise passes and smaller products make Gram's operations a little dearer
 _GRAM_MARGIN = 0.95
@@ -27,22 +28,21 @@ _BFLOAT16_FROM = 128
 def default_dtype(x: Tensor) -> torch.dtype:
     """The dtype of the iteration where none is asked for.
 
-    float64 for float64 input. On CUDA float16, which has bfloat16's speed and an eighth of its rounding error; the
-    iteration's numbers are all of order 1, so that the range does not matter. On a CPU with bfloat16 instructions
+    float64 for float64 input. On CUDA float16, which has bfloat16's speed and an eighth of its rounding error;
+    singular values are of order 1, so that its range suffices. On a CPU with bfloat16 instructions
     bfloat16 from a short side of 128 on, where it pays; otherwise float32.
     """
-    lowest = lowest_default_dtype(x.dtype, x.device)
-    is_small = lowest == torch.bfloat16 and min(x.shape[-2:], default=0) < _BFLOAT16_FROM
-    return torch.float32 if is_small else lowest
+    return default_dtype_of(x.dtype, x.device, min(x.shape[-2:], default=0))
 
 
-def lowest_default_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The lowest precision that ``default_dtype`` gives matrices of this dtype there, whatever their shapes."""
+def default_dtype_of(dtype: torch.dtype, device: torch.device, short: int) -> torch.dtype:
+    """The same for matrices of a dtype, on a device, with this shorter side."""
     if dtype == torch.float64:
         return torch.float64
     if device.type == "cuda":
         return torch.float16
-    return torch.bfloat16 if device.type == "cpu" and _has_fast_bfloat16() else torch.float32
+    is_fast = device.type == "cpu" and short >= _BFLOAT16_FROM and _has_fast_bfloat16()
+    return torch.bfloat16 if is_fast else torch.float32
 
 
 @lru_cache(maxsize=1)
@@ -77,6 +77,9 @@ def _runs_alone(x: Tensor) -> bool:
 
 
 def _run(x: Tensor, sequence: PolynomialSequence, probe: Probe | None) -> Tensor:
+    if sequence.norm == "schatten4" and x.dtype == torch.float16:
+        # most of XXᵀ would be subnormal; a power of two costs no rounding, and the norm takes it out again
+        x = x * 2.0 ** round(math.log2(x.shape[-2]) / 4)
     gram = x @ x.mT
     if probe is not None:
         probe.first(gram)

@@ -82,7 +82,7 @@ def compose(steps: int, lower: float, cushion: float, safety: float) -> tuple[St
     return tuple(made), lower
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=256, typed=True)
 def polar_express(
     steps: int, lower: float, *, cushion: float = 0.02, safety: float = 1.02, norm: Norm = "frobenius"
 ) -> PolynomialSequence:
@@ -100,7 +100,7 @@ def polar_express(
     Raises:
         ValueError: An argument out of range.
     """
-    if not 1 <= steps <= _MOST_STEPS:
+    if not isinstance(steps, int) or not 1 <= steps <= _MOST_STEPS:
         raise ValueError(f"polar_express: steps={steps!r} must be between 1 and {_MOST_STEPS}.")
     if not 0 < lower < 1:
         raise ValueError(f"polar_express: lower={lower!r} must be between 0 and 1, both excluded.")

@@ -34,17 +34,16 @@ def check_range(sequence: PolynomialSequence, dtype: torch.dtype) -> None:
     """
     room, needed = sequence.head_room(), needed_head_room(dtype)
     if room <= 1:
-        culprit = next(s / 1000 for s in range(1, 1001) if not 0 <= sequence(s / 1000) <= 2)
+        culprit = sequence.first_unsafe()
         raise ValueError(
-            f"The polynomial sequence {sequence.name!r} sends a normalised singular value of {culprit:.3g} to"
-            f" {sequence(culprit):.3g}; between 0 and 1 the output must stay between 0 and 2, or the update turns"
-            " around or explodes. Use a sequence of lightning_muon.orthogonalize.available_sequences(), or one that was"
-            " made for inputs divided by their Frobenius norm."
+            f"The polynomial sequence {sequence.name!r} does not keep a normalised singular value of {culprit:.3g}"
+            " between 0 and 2: updates would turn around or explode. Use one of lightning_muon.available_sequences(),"
+            " or one that was made for inputs divided by their Frobenius norm."
         )
     if room < needed:
         raise ValueError(
             f"The polynomial sequence {sequence.name!r} keeps its outputs between 0 and 2 up to σ = {room:.6f} only,"
             f" and rounding in {dtype} reaches {needed:.6f}. Run it in a higher precision"
-            " (orthogonalization_dtype=torch.float32), divide (a, b, c) of the first step by (s, s³, s⁵), s a"
-            " safety of 1.02, say, or choose another."
+            " (orthogonalization_dtype=torch.float32), give a mapping a larger 'safety' (steps of your own:"
+            " divide (a, b, c) of the first by (s, s³, s⁵), s = 1.02 say), or choose another."
         )

@@ -14,7 +14,6 @@ Steps = tuple[tuple[float, float, float], ...]
 Norm = Literal["frobenius", "schatten4"]
 
 _MOST_HEAD_ROOM = 2.0
-_GRID = 4001
 
 
 @dataclass(frozen=True)
@@ -69,22 +68,33 @@ class PolynomialSequence:
         """
         return _head_room(self)
 
+    def first_unsafe(self) -> float | None:
+        """The smallest normalised σ up to 1, on a fine grid, whose output is not in ``[0, 2]``; ``None`` if none is."""
+        return next((sigma for sigma in _GRID if not _is_safe(self, sigma)), None)
+
+
+# Evenly spaced to 1, and below by a thousandth of a decade each: a sign can turn at any scale.
+_LINEAR = 4001
+_GRID = tuple(
+    sorted({10 ** (-12 + number / 1000) for number in range(9000)} | {n / _LINEAR for n in range(1, _LINEAR + 1)})
+)
+
 
 @lru_cache(maxsize=256)
 def _highest(sequence: PolynomialSequence) -> tuple[float, ...]:
-    paths = [tuple(sequence.path(number / _GRID)) for number in range(1, _GRID + 1)]
+    paths = [tuple(sequence.path(number / _LINEAR)) for number in range(1, _LINEAR + 1)]
     return tuple(max(values) for values in zip(*paths, strict=True))
 
 
 @lru_cache(maxsize=256)
 def _head_room(sequence: PolynomialSequence) -> float:
-    if not all(_is_safe(sequence, number / _GRID) for number in range(1, _GRID + 1)):
+    if sequence.first_unsafe() is not None:
         return 1.0
     width = _MOST_HEAD_ROOM - 1
-    first = next((n for n in range(1, _GRID + 1) if not _is_safe(sequence, 1 + width * n / _GRID)), None)
+    first = next((n for n in range(1, _LINEAR + 1) if not _is_safe(sequence, 1 + width * n / _LINEAR)), None)
     if first is None:
         return _MOST_HEAD_ROOM
-    safe, unsafe = 1 + width * (first - 1) / _GRID, 1 + width * first / _GRID
+    safe, unsafe = 1 + width * (first - 1) / _LINEAR, 1 + width * first / _LINEAR
     while unsafe - safe > 1e-9:
         middle = (safe + unsafe) / 2
         safe, unsafe = (middle, unsafe) if _is_safe(sequence, middle) else (safe, middle)

@@ -19,6 +19,7 @@ __all__ = [
     "nominal_sequence",
     "plain",
     "polynomial_sequence",
+    "same_orthogonalization",
 ]
 
 Orthogonalization = str | Mapping[str, Any] | Sequence[Sequence[float]]
@@ -48,13 +49,22 @@ def polynomial_sequence(orthogonalization: Orthogonalization) -> PolynomialSeque
         return _named(orthogonalization, {})
     if isinstance(orthogonalization, Mapping):
         arguments = dict(orthogonalization)
-        return _named(arguments.pop("name", None), arguments)
+        if "name" not in arguments:
+            raise ValueError(f'orthogonalization={dict(orthogonalization)!r} needs a "name".')
+        return _named(arguments.pop("name"), arguments)
+    if not isinstance(orthogonalization, Sequence):
+        raise TypeError(
+            f"orthogonalization={orthogonalization!r} is not understood: give a name,"
+            f" {', '.join(available_sequences())} or auto, the (a, b, c) of each step, or a mapping with a 'name'."
+        )
     steps = []
     for step in orthogonalization:
-        values = tuple(float(value) for value in step)
-        if len(values) != 3 or not all(map(math.isfinite, values)):
-            raise ValueError(f"Each step of `orthogonalization` is three finite numbers (a, b, c); got {step!r}.")
-        steps.append((values[0], values[1], values[2]))
+        if not isinstance(step, Sequence) or isinstance(step, str) or len(step) != 3 or not all(map(_is_number, step)):
+            raise ValueError(
+                f"Each step of `orthogonalization` is three finite numbers (a, b, c); got {step!r}. The same step five"
+                " times is [(a, b, c)] * 5."
+            )
+        steps.append((float(step[0]), float(step[1]), float(step[2])))
     if not steps:
         raise ValueError("`orthogonalization` needs at least one step (a, b, c).")
     return PolynomialSequence("custom", tuple(steps), "given by the caller")
@@ -84,6 +94,24 @@ def nominal_sequence(orthogonalization: Orthogonalization) -> PolynomialSequence
     return polynomial_sequence(orthogonalization) if auto is None else auto.sequence(5)
 
 
+def same_orthogonalization(one: Orthogonalization, other: Orthogonalization) -> bool:
+    """Whether two arguments mean the same, to 10 digits: a name and its definition in full, say."""
+    return bool(_meaning(one) == _meaning(other))
+
+
+def _meaning(orthogonalization: Orthogonalization) -> Any:
+    auto = auto_settings(orthogonalization)
+    sequence = None if auto is not None else polynomial_sequence(orthogonalization)
+    if sequence is None:
+        return auto or "exact"
+    steps = [tuple(float(f"{value:.10g}") for value in step) for step in sequence.steps]
+    return steps, sequence.safety, sequence.norm
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def plain(orthogonalization: Orthogonalization) -> str | dict[str, Any] | tuple[tuple[float, ...], ...]:
     """The same in strings, numbers, tuples and dictionaries, as it goes into checkpoints."""
     if isinstance(orthogonalization, str):
@@ -98,6 +126,13 @@ def _named(name: Any, arguments: dict[str, Any]) -> PolynomialSequence | None:
         _check_keys(name, arguments, ("steps", "lower", "cushion", "safety", "norm"))
         if not {"steps", "lower"} <= set(arguments):
             raise ValueError('{"name": "polar_express"} needs "steps" and "lower", 6 and 1e-4 say.')
+        for key in ("lower", "cushion", "safety"):
+            if key in arguments and not _is_number(arguments[key]):
+                raise ValueError(
+                    f"{key}={arguments[key]!r} of 'polar_express' must be a finite number (YAML wants 1.0e-4 for 1e-4)."
+                )
+        if not isinstance(arguments["steps"], int) or isinstance(arguments["steps"], bool):
+            raise ValueError(f"steps={arguments['steps']!r} of 'polar_express' must be a whole number.")
         return polar_express(**arguments)
     if name == "auto":
         raise ValueError('"auto" is no one sequence: lightning_muon.Muon chooses one for each matrix.')

@@ -111,3 +111,27 @@ def test_resuming_on_other_processes(before, after):
     if before == after:
         for (_, found), (_, expected) in zip(results, whole_run, strict=True):
             assert all(torch.equal(found["model"][name], weight) for name, weight in expected["model"].items())
+
+
+def reordered():
+    """One rank lists its parameters the other way round."""
+    model = Injected(SHAPES)
+    named = list(model.named_parameters())
+    optimizer = lm.Muon(
+        named[::-1] if dist.get_rank() else named,
+        lr=0.02,
+        adamw_lr=0.01,
+        orthogonalization={"name": "auto", "every": EVERY},
+        orthogonalization_dtype=torch.float32,
+    )
+    training = ShardedTraining(model, optimizer)
+    for step in range(2 * EVERY + 2):
+        optimizer.zero_grad()
+        training.backward(training(wanted_gradients(step)))
+        optimizer.step()
+    optimizer.synchronize()
+    return dict(optimizer.step_counts), {"model": model.state_dict()}
+
+
+def test_the_order_of_the_parameters_does_not_matter():
+    assert_equal(run_processes(2, reordered), zero1())

@@ -344,3 +344,56 @@ def test_noise_floor_is_what_rounding_does(shape, dtype):
 def test_exact_in_float32_is_as_exact_as_float32_allows():
     x = matrix_with_spectrum(20, 50, np.geomspace(1, 1e-4, 20)).float()
     assert relative_error(lm.orthogonalize(x, "exact"), polar_factor(x)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("x", "dtype"),
+    [
+        (np.eye(3), None),
+        ([[1.0]], None),
+        (torch.eye(3).to_sparse(), None),
+        (torch.eye(3), torch.int32),
+        (torch.eye(3), "bfloat16"),
+    ],
+)
+def test_what_is_no_tensor_or_no_precision_is_refused(x, dtype):
+    with pytest.raises(TypeError, match=r"dense torch\.Tensor|floating-point torch\.dtype"):
+        lm.orthogonalize(x, dtype=dtype)
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "schatten4"])
+def test_autocast_does_not_reach_the_iteration(norm):
+    x = torch.randn(4, 16, 64, generator=seeded(0))
+    how = {"name": "polar_express5", "norm": norm}
+    expected = lm.orthogonalize(x, how)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(lm.orthogonalize(x, how), expected)
+        assert torch.is_autocast_enabled("cpu")
+
+
+def test_nor_does_a_permission_for_coarser_products(monkeypatch):
+    seen = []
+    run = dispatch._run
+
+    def watch(*arguments):
+        seen.append((torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision))
+        return run(*arguments)
+
+    monkeypatch.setattr(dispatch, "_run", watch)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        lm.orthogonalize(torch.eye(3))
+        assert seen == [("ieee", "ieee")]
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_float16_of_a_large_matrix_is_not_drowned_in_subnormal_numbers():
+    x = torch.randn(256, 512, generator=seeded(0), dtype=torch.float64)
+    sequence = polynomial_sequence({"name": "polar_express5", "norm": "schatten4"})
+    expected = orthogonalize_batch(x[None], sequence, torch.float64)
+    found = orthogonalize_batch(x[None].float(), sequence, torch.float16)
+    assert relative_error(found, expected) < 5e-3

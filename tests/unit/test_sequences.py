@@ -17,6 +17,7 @@ from lightning_muon.orthogonalize import (
     plain,
     polar_express,
     polynomial_sequence,
+    same_orthogonalization,
 )
 from lightning_muon.orthogonalize.generator import best_quintic, compose
 
@@ -135,12 +136,12 @@ def test_head_room(name):
 
 
 def test_unsafe_sequences_are_refused():
-    with pytest.raises(ValueError, match=r"singular value of 0\.88\d to -"):
+    with pytest.raises(ValueError, match=r"does not keep a normalised singular value of 0\.88\d"):
         lm.orthogonalize(torch.eye(3), AOL)
     with pytest.raises(ValueError, match=r"up to σ = 1\.000.* only, and rounding in torch.bfloat16 reaches 1\.0117"):
         lm.orthogonalize(torch.eye(3), CANS, dtype=torch.bfloat16)
     bare_cubic = polynomial_sequence("cubic5").steps
-    with pytest.raises(ValueError, match="divide"):
+    with pytest.raises(ValueError, match="safety"):
         lm.orthogonalize(torch.eye(3), bare_cubic, dtype=torch.bfloat16)
     lm.orthogonalize(torch.eye(3), bare_cubic, dtype=torch.float32)
     (a, b, c), *rest = bare_cubic  # what the message says to do
@@ -150,7 +151,7 @@ def test_unsafe_sequences_are_refused():
 
 def test_an_unsafe_sequence_is_refused_when_the_optimizer_is_made():
     layer = torch.nn.Linear(4, 4, bias=False)
-    with pytest.raises(ValueError, match="must stay between 0 and 2"):
+    with pytest.raises(ValueError, match="between 0 and 2: updates would turn around"):
         lm.Muon(layer, orthogonalization=AOL)
     with pytest.raises(ValueError, match=r"rounding in torch\.bfloat16"):
         lm.Muon(layer, orthogonalization=CANS, orthogonalization_dtype=torch.bfloat16)
@@ -185,7 +186,12 @@ def test_mappings_name_the_generator_and_the_norm():
         ({"name": "polar_express", "steps": 3, "lower": 0.1, "norm": "max"}, "'frobenius' or 'schatten4'"),
         ({"name": "keller5", "norm": "max"}, "'frobenius' or 'schatten4'"),
         ({"name": "exact", "norm": "frobenius"}, "no arguments"),
-        ({}, "Choose one of"),
+        ({}, 'needs a "name"'),
+        ({"name": "polar_express", "steps": "6", "lower": 1e-4}, "whole number"),
+        ({"name": "polar_express", "steps": True, "lower": 1e-4}, "whole number"),
+        ({"name": "polar_express", "steps": 6, "lower": "1e-4"}, "finite number"),
+        ((3.4445, -4.7750, 2.0315), r"\[\(a, b, c\)\] \* 5"),
+        (["auto"], "three finite"),
         ("auto", "no one sequence"),
     ],
 )
@@ -203,6 +209,7 @@ def test_unknown_sequences_are_refused(wrong, message):
         ({"every": 2.5}, "every=2.5"),
         ({"most_steps": 1}, "most_steps=1"),
         ({"quantil": 0.1}, "does not know 'quantil'"),
+        ({"quantile": "q90"}, "must be a number"),
     ],
 )
 def test_wrong_settings_of_auto_are_refused(wrong, message):
@@ -217,3 +224,53 @@ def test_slope_and_highest():
     grid = np.linspace(0, 1, 997)
     for number, highest in enumerate(sequence.highest()):
         assert max(list(sequence.path(s))[number] for s in grid) <= highest + 1e-4
+
+
+@pytest.mark.parametrize("wrong", [None, 5, True])
+def test_what_is_no_orthogonalization_at_all(wrong):
+    with pytest.raises(TypeError, match="is not understood: give a name"):
+        lm.Muon(torch.nn.Linear(4, 4), orthogonalization=wrong)
+
+
+def test_the_same_in_other_words():
+    full = {"name": "auto", "quantile": 0.1, "band": 0.1, "every": 100, "most_steps": 8}
+    assert same_orthogonalization("auto", full)
+    assert not same_orthogonalization("auto", {**full, "band": 0.2})
+    assert same_orthogonalization("polar_express5", {"name": "polar_express", "steps": 5, "lower": 1e-3})
+    assert not same_orthogonalization("polar_express5", {"name": "polar_express5", "norm": "schatten4"})
+    assert same_orthogonalization("keller5", [(3.4445, -4.7750, 2.0315)] * 5)
+    assert not same_orthogonalization("keller5", "exact")
+    assert same_orthogonalization("exact", {"name": "exact"})
+
+
+def test_resuming_under_another_wording():
+    layers = [torch.nn.Linear(6, 4, bias=False) for _ in range(2)]
+    first = lm.Muon(layers[0], orthogonalization="auto")
+    second = lm.Muon(layers[1], orthogonalization={"name": "auto", "every": 100})
+    second.load_state_dict(first.state_dict())
+    third = lm.Muon(layers[1], orthogonalization={"name": "auto", "every": 50})
+    with pytest.raises(ValueError, match="other hyper-parameters: orthogonalization"):
+        third.load_state_dict(first.state_dict())
+
+
+KELLER = (3.4445, -4.7750, 2.0315)
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [KELLER] * 8 + [(-0.5, 1.5, 0.0)],  # turns what is below 1e-5 around
+        [KELLER] * 6 + [(-0.5, 1.5, 0.0)],
+        [(1e200, 1e200, 1e200)] * 3,
+        [(3.0, 0.0, 0.0)],  # above 2 at 1
+    ],
+)
+def test_no_direction_however_small_may_turn_around_or_explode(steps):
+    with pytest.raises(ValueError, match="does not keep a normalised singular value"):
+        lm.Muon(torch.nn.Linear(4, 4), orthogonalization=steps)
+
+
+def test_steps_are_whole_numbers_whatever_was_asked_before():
+    polar_express(7, 1e-3)
+    with pytest.raises(ValueError, match=r"steps=7\.0"):
+        polar_express(7.0, 1e-3)
