@@ -23,6 +23,11 @@ def param_groups(module):
         raise ValueError(f"no parameter's name matches {unmatched}; there is {name!r}, for one")
     settings = {steps: {"orthogonalization": SEQUENCES[steps]} if steps else {} for steps in groups}
     return [{"params": pairs, **settings[steps]} for steps, pairs in groups.items()]
+
+
+def build(module, **options):
+    """The optimizer; ``module=`` keeps the routes that the types of submodules decide, of embeddings say."""
+    return lm.Muon(param_groups(module), module=module, **options)
 '''
 
 
@@ -58,7 +63,7 @@ def snippet(advices: Sequence[Advice]) -> str:
             _FUNCTION,
             "",
             "# in configure_optimizers, with the other arguments as they were:",
-            "#     return lm.Muon(param_groups(self), module=self, lr=...)",
+            "#     return build(self, lr=...)",
         ]
     )
 

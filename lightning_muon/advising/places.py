@@ -19,8 +19,8 @@ class Place:
     """A layer type at a depth.
 
     Attributes:
-        type: A parameter's name with ``*`` for the block's number, and for all numbers after it: experts that are
-            modules of their own are one type.
+        type: As ``lightning-muon fit`` has it: a parameter's name with ``*`` for the block's number. Numbers after it
+            stay: the layers of a ``Sequential`` in a block have little in common.
         blocks: Numbers of the blocks, ascending; empty outside of repeated blocks.
     """
 
@@ -43,12 +43,12 @@ class Place:
         Args:
             all_blocks: For those in any block.
         """
-        head, *tails = self.type.split("*")
         if not self.blocks:
             return f"^{re.escape(self.type)}$"
+        head, _, tail = self.type.partition("*")
         number = r"\d+" if all_blocks else "|".join(map(str, self.blocks))
         number = f"({number})" if "|" in number else number
-        return f"^{re.escape(head)}{number}" + r"\d+".join(map(re.escape, tails)) + "$"
+        return f"^{re.escape(head)}{number}{re.escape(tail)}$"
 
 
 def places(names: Iterable[str]) -> Mapping[str, Place]:
@@ -63,8 +63,6 @@ def places(names: Iterable[str]) -> Mapping[str, Place]:
         if layer.block is None:
             found[name] = (layer.type, -1)
             continue
-        head, _, tail = layer.type.partition("*")
-        key = (f"{head}*" + re.sub(r"\.\d+(?=\.|$)", ".*", tail), layer.block * _QUARTERS // layer.num_blocks)
-        found[name] = key
-        blocks[key].add(layer.block)
+        found[name] = (layer.type, layer.block * _QUARTERS // layer.num_blocks)
+        blocks[found[name]].add(layer.block)
     return {name: Place(key[0], tuple(sorted(blocks.get(key, ())))) for name, key in found.items()}

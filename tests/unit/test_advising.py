@@ -16,7 +16,7 @@ from lightning_muon.advising.config import patterns, snippet
 from lightning_muon.advising.observed import observe
 from lightning_muon.advising.places import Place, places
 from lightning_muon.cli import main
-from lightning_muon.logs import LogError, ModelDescription, ParameterDescription
+from lightning_muon.logs import LogError, ModelDescription, ParameterDescription, layers
 from lightning_muon.orthogonalize import Auto, orthogonalization_flops, polynomial_sequence
 from tests.lightning_runs import AwkwardLightningModule, trainer
 
@@ -75,8 +75,19 @@ def test_places_are_types_and_quarters():
     found = places([*names, "final.proj"])
     assert found["final.proj"] == Place("final.proj")
     assert found["layers.5.wq"] == Place("layers.*.wq", (4, 5))
-    assert found["layers.5.experts.1.up"] == found["layers.4.experts.0.up"] == Place("layers.*.experts.*.up", (4, 5))
+    assert found["layers.4.experts.1.up"] == found["layers.5.experts.1.up"] == Place("layers.*.experts.1.up", (4, 5))
+    assert found["layers.4.experts.0.up"] == Place("layers.*.experts.0.up", (4, 5))
     assert [Place("t", blocks).depth for blocks in ((), (3,), (4, 5), (1, 3))] == ["–", "3", "4-5", "1,3"]
+
+
+def test_layers_of_a_sequential_in_a_block_are_apart_as_in_fit():
+    names = [f"blocks.{block}.mlp.{number}.weight" for block in range(4) for number in (0, 2)]
+    of = places(names)
+    assert {name: place.type for name, place in of.items()} == {name: one.type for name, one in layers(names).items()}
+    sigma = {name: 0.3 if ".mlp.0." in name else 0.01 for name in names}
+    few, many = (advise([need(sigma=one)], 95, AUTO)[0].steps for one in (0.3, 0.01))
+    found = patterns(advise([need(name, sigma[name], of[name]) for name in names], 95, AUTO))
+    assert found == {r"^blocks\.\d+\.mlp\.0\.weight$": few, r"^blocks\.\d+\.mlp\.2\.weight$": many}
 
 
 def test_patterns_match_their_parameters_and_no_others():
@@ -89,7 +100,7 @@ def test_patterns_match_their_parameters_and_no_others():
     wanted = {name: one.steps for one in advices for name in (need.name for need in one.needs)}
     found = patterns(advices)
     assert sum("wq" in pattern for pattern in found) == 1  # all blocks alike
-    assert sum("up" in pattern for pattern in found) == 2  # the first quarter, and the rest
+    assert sum("ex\\.0" in pattern for pattern in found) == 2  # the first quarter, and the rest
     for name in [*names, "layers.1.wq.weight.more", "a.layers.0.ex.0.up.weight"]:
         matching = {steps for pattern, steps in found.items() if re.search(pattern, name)}
         assert matching == ({wanted[name]} if name in wanted else set())
@@ -195,7 +206,8 @@ def test_code_keeps_the_routes_of_the_module():
     names = ["blocks.0.weight", "blocks.1.weight", "one.weight"]
     sigma = dict(zip(names, (0.3, 0.01, 0.3), strict=True))
     scope = snippet_of([need(name, sigma[name], of[name]) for name in names])
-    optimizer = lm.Muon(scope["param_groups"](model), module=model, lr=1e-3)
+    optimizer = scope["build"](model, lr=1e-3, weight_decay=0.3)
+    assert {group["weight_decay"] for group in optimizer.param_groups} >= {0.3}
     assert dict(optimizer.routes) == dict(lm.Muon(model).routes)
     steps = {
         name: group["orthogonalization"]["steps"]
@@ -220,7 +232,8 @@ def test_from_a_run_to_the_optimizer(tmp_path, capsys):
     pasted = text[text.index("import re\n") :]
     scope = {}
     exec(pasted, scope)
-    optimizer = lm.Muon(scope["param_groups"](module), module=module, lr=1e-3)
+    assert "return build(self, lr=...)" in pasted
+    optimizer = scope["build"](module, lr=1e-3)
     table = optimizer.explain()
     advice = json.loads((tmp_path / "advice.json").read_text())["advice"]
     assert len({one["steps"] for one in advice}) > 1
@@ -242,5 +255,5 @@ def test_from_a_run_to_the_optimizer(tmp_path, capsys):
 
 def test_documents_show_the_code():
     document = (Path(__file__).parents[2] / "docs" / "orthogonalization.md").read_text()
-    shown = re.search(r"\ndef param_groups.*?\n(?=\n\n)", document, flags=re.DOTALL).group()
+    shown = re.search(r"\ndef param_groups.*?\ndef build.*?\n(?=\n\n)", document, flags=re.DOTALL).group()
     assert shown in "\n" + snippet(advise([need()], 95, AUTO))
