@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, overload
 
@@ -299,7 +299,7 @@ class Muon(Optimizer):
         """What the last step did to this process's matrices, for the monitors; nothing if it was skipped."""
         return self._update_records
 
-    def watch_next_step(self, spectra: Container[str] | None = None) -> None:
+    def watch_next_step(self, spectra: Iterable[str] | None = None) -> None:
         """Have the next step keep what it sees of the momentum, for ``update_records`` and ``momentum_spectra``.
 
         Every process must ask for the same, before ``step`` or in its closure; what is asked for before one step adds
@@ -307,9 +307,25 @@ class Muon(Optimizer):
 
         Args:
             spectra: Names of the parameters whose matrices' singular values are wanted, which cost an eigenvalue
-                decomposition each; ``None`` for none.
+                decomposition each, ``optimizer.routes`` for all; ``None`` for none.
+
+        Raises:
+            TypeError: ``spectra`` is not several names.
+            ValueError: A name is of no parameter of this optimizer.
         """
-        self._watch.ask(frozenset(name for name, _ in self.named_parameters() if spectra and name in spectra))
+        if isinstance(spectra, str) or not isinstance(spectra, Iterable | None):
+            raise TypeError(
+                f"watch_next_step(spectra={spectra!r}): expected names of parameters, ['{next(iter(self.routes))}'] say;"
+                " optimizer.routes for all."
+            )
+        names = frozenset(spectra or ())
+        if unknown := sorted(map(str, names - self.routes.keys())):
+            raise ValueError(
+                f"watch_next_step: the optimizer has no parameter {', '.join(unknown[:3])}"
+                f"{', …' if len(unknown) > 3 else ''}; optimizer.routes has the names, {next(iter(self.routes))!r} for"
+                " one."
+            )
+        self._watch.ask(names)
 
     @property
     def watch(self) -> Watch:

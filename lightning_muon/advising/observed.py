@@ -53,7 +53,8 @@ def observe(folder: str | Path, percent: int, include: str | None = None, exclud
     runs = [run for run, scalars in logged.items() if scalars]
     if len(runs) != 1:
         raise LogError(
-            f"{folder} has no run with {_PREFIX}q{percent}/<parameter>: train with MomentumSpectrumMonitor"
+            f"{folder} has no run with {_PREFIX}q{percent}/<parameter>: train with MomentumSpectrumMonitor, or in a"
+            " Fabric loop with log_optimizer(families=MomentumSpectrumMonitor.families)"
             if not runs
             else f"{folder} has several runs: give the folder of one of them, {', '.join(map(str, runs))}"
         )
@@ -73,7 +74,7 @@ def observe(folder: str | Path, percent: int, include: str | None = None, exclud
     if not needs:
         raise LogError(
             f"{run} has no {_PREFIX}q{percent} and {_PREFIX}participation_rank of a parameter that is wanted: see to"
-            " --include and --exclude, and to what MomentumSpectrumMonitor was told"
+            " --include and --exclude, and to what MomentumSpectrumMonitor, or log_optimizer(families=), was told"
         )
     known = {need.name for need in needs}
     unknown = tuple(name for name in model.parameters if name not in known)

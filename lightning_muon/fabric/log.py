@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from lightning.fabric import Fabric
+from torch import distributed
 from torch.optim import Optimizer
 
 from lightning_muon.monitoring import Mode, Request, collect
+from lightning_muon.monitoring.description import describe_model, log_folders
 from lightning_muon.muon import Muon
 from lightning_muon.sharding.require import require_muon
 
 __all__ = ["log_optimizer"]
 
 _FAMILIES = ("update_rms", "weight_rms", "weight_spectral_norm", "weight_svd_entropy")
+# Where the model is described already, for each optimizer.
+_described: WeakKeyDictionary[Muon, set[Path]] = WeakKeyDictionary()
 
 
 def log_optimizer(
@@ -21,7 +28,7 @@ def log_optimizer(
     optimizer: Optimizer,
     step: int,
     *,
-    families: tuple[str, ...] = _FAMILIES,
+    families: str | Sequence[str] = _FAMILIES,
     include: str | None = None,
     exclude: str | None = None,
     mode: Mode = "brief",
@@ -42,13 +49,17 @@ def log_optimizer(
         if is_due:
             lm.log_optimizer(fabric, optimizer, step, families=("update_rms", "momentum_q50", "ns_fail_frac"))
 
+    ``families=lm.MomentumSpectrumMonitor.families`` is all that ``lightning-muon advise`` and ``fit`` read. With one of
+    the momentum's families, process 0 also writes what these need to know of the model, ``muon_model.json``, beside
+    the logs of every logger that has a ``log_dir``, once: as if the optimizer trained all of the model.
+
     Of a step that was skipped because of gradients that are not finite, these families log nothing.
 
     Args:
         fabric_or_logger: A Fabric with loggers, or a logger with ``log_metrics``.
         optimizer: The optimizer, as ``fabric.setup`` returned it or bare.
         step: The step to log at.
-        families: The measures; the spectral ones cost an eigenvalue decomposition per matrix.
+        families: The measures, one or several; the spectral ones cost an eigenvalue decomposition per matrix.
         include: See ``lightning_muon.UpdateRMSMonitor``.
         exclude: See there.
         mode: See there.
@@ -61,8 +72,11 @@ def log_optimizer(
         ValueError: A family is unknown, or needs a step that was watched.
     """
     muon = require_muon(getattr(optimizer, "optimizer", optimizer), "log_optimizer")  # Fabric wraps it
-    request = Request(families, include, exclude, mode)
+    request = Request((families,) if isinstance(families, str) else tuple(families), include, exclude, mode)
     _check_watched(muon, request)
+    loggers = fabric_or_logger.loggers if isinstance(fabric_or_logger, Fabric) else [fabric_or_logger]
+    if request.has_spectra and _is_process_0():
+        _describe(muon, loggers)
     values = collect([muon], [request]).values
     if isinstance(fabric_or_logger, Fabric):
         fabric_or_logger.log_dict(values, step=step)
@@ -71,14 +85,28 @@ def log_optimizer(
     return values
 
 
+def _is_process_0() -> bool:
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+
+
+def _describe(optimizer: Muon, loggers: Sequence[Any]) -> None:
+    written = _described.setdefault(optimizer, set())
+    for folder in log_folders(loggers):
+        if folder not in written:
+            describe_model([optimizer], {}).write(folder)
+            written.add(folder)
+
+
 def _check_watched(optimizer: Muon, request: Request) -> None:
     if not request.is_watching or optimizer.watch.next is not None:  # a gradient scaler has left out the step
         return
     unseen = request.spectra_of(optimizer) - (optimizer.watch.last or frozenset())
     if optimizer.watch.last is None or unseen:
         which = f" of {', '.join(sorted(unseen)[:3])}{', …' if len(unseen) > 3 else ''}" if unseen else ""
+        only_some = " To log only the parameters that were watched, give include= or exclude= here."
         raise ValueError(
             f"log_optimizer(families={request.families}): nobody has watched the last step{which}. Call"
             " optimizer.watch_next_step(spectra=optimizer.routes), or with the names that you want, before"
             " optimizer.step(), on every process; or leave out the families of the momentum and of Newton–Schulz."
+            + (only_some if optimizer.watch.last else "")
         )

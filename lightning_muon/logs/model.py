@@ -84,8 +84,8 @@ class ModelDescription:
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise LogError(
-                f"{path} is missing: it says how large the model is. MomentumSpectrumMonitor writes it beside the"
-                " scalars of a logger that has a log_dir."
+                f"{path} is missing: it says how large the model is. MomentumSpectrumMonitor writes it, and"
+                " log_optimizer in a Fabric loop, beside the scalars of a logger that has a log_dir."
             ) from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise LogError(f"{path} is not JSON: {error}") from None

@@ -54,6 +54,11 @@ class Request:
         """Whether the step has to be told, by ``Muon.watch_next_step``."""
         return not WATCHED.isdisjoint(self.families)
 
+    @property
+    def has_spectra(self) -> bool:
+        """Whether it is about the momentum's singular values."""
+        return not OF_SPECTRA.isdisjoint(self.families)
+
     def spectra_of(self, optimizer: Muon, names: Mapping[Tensor, str] | None = None) -> set[str]:
         """The parameters whose momentum's singular values are wanted, by their names in the optimizer.
 
@@ -61,7 +66,7 @@ class Request:
             optimizer: The optimizer.
             names: What requests call a parameter, where that is not its name in its optimizer.
         """
-        if OF_SPECTRA.isdisjoint(self.families):
+        if not self.has_spectra:
             return set()
         return {
             key

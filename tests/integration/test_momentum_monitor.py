@@ -1,6 +1,7 @@
 """What ``MomentumSpectrumMonitor`` logs, read back from real event files, against numpy on recorded gradients."""
 
 import warnings
+from pathlib import Path
 
 import lightning as L
 import numpy as np
@@ -11,6 +12,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins import MixedPrecision
 
 import lightning_muon as lm
+from lightning_muon.cli import main
 from lightning_muon.logs import ModelDescription
 from lightning_muon.monitoring import Request, collect, iteration
 from lightning_muon.orthogonalize import polynomial_sequence
@@ -320,7 +322,7 @@ def test_fabric_loop(tmp_path):
     assert lm.log_optimizer(fabric, optimizer, 1)  # of the others there is enough
     optimizer.watch_next_step(spectra=["square.weight"])
     step()
-    with pytest.raises(ValueError, match=r"of conv\.weight, experts_up, "):
+    with pytest.raises(ValueError, match=r"of conv\.weight, experts_up, .* give include= or exclude= here"):
         lm.log_optimizer(fabric, optimizer, 2, families=families)
     values = lm.log_optimizer(fabric, optimizer, 2, families=families, include="square")
     assert {"muon/momentum_q50/square.weight", "muon/ns_fail_frac/square.weight"} < set(values)
@@ -331,6 +333,56 @@ def test_fabric_loop(tmp_path):
     values = lm.log_optimizer(fabric, optimizer, 4, families=families)
     assert values
     assert not [tag for tag in values if "update_rms" not in tag]
+
+
+def test_logs_of_a_fabric_loop_are_read_by_advise(tmp_path, capsys):
+    loggers = [CSVLogger(tmp_path, name="csv"), TensorBoardLogger(tmp_path, name="tb")]
+    fabric = L.Fabric(accelerator="cpu", devices=1, loggers=loggers)
+    bare = awkward_model()
+    model, optimizer = fabric.setup(bare, lm.Muon(bare, lr=0.1))
+    model.mark_forward_method("loss")
+    for step in (1, 2):
+        optimizer.zero_grad()
+        fabric.backward(model.loss(token_batches(1, 4)[0]))
+        optimizer.watch_next_step(spectra=optimizer.routes)
+        optimizer.step()
+        lm.log_optimizer(fabric, optimizer, step, families=lm.MomentumSpectrumMonitor.families)
+        described = Path(fabric.logger.log_dir, "muon_model.json")
+        assert described.exists() is (step == 1)
+        described.unlink(missing_ok=True)  # written once
+    loggers[0].finalize("success")
+    loggers[1].finalize("success")
+    found = ModelDescription.read(loggers[1].log_dir)
+    assert found.num_parameters == sum(param.numel() for param in bare.parameters())
+    assert main(["advise", loggers[1].log_dir]) == 0
+    assert "return build(self" in capsys.readouterr().out
+
+
+def test_only_the_momentum_s_families_describe_the_model(tmp_path):
+    model = awkward_model()
+    optimizer, logger = lm.Muon(model, lr=0.1), CSVLogger(tmp_path)
+    model.loss(token_batches(1, 4)[0]).backward()
+    optimizer.watch_next_step(spectra=["square.weight"])
+    optimizer.step()
+    lm.log_optimizer(logger, optimizer, 1)
+    assert not Path(logger.log_dir, "muon_model.json").exists()
+    values = lm.log_optimizer(logger, optimizer, 1, families="momentum_q50", include="^square")  # one, as a str
+    assert "muon/momentum_q50/square.weight" in values
+    assert {tag.split("/")[1] for tag in values} == {"momentum_q50"}
+    assert Path(logger.log_dir, "muon_model.json").exists()
+
+
+@pytest.mark.parametrize("given", ["square.weight", True, 3])
+def test_what_is_no_names_cannot_be_watched(given):
+    with pytest.raises(TypeError, match=r"expected names of parameters, \['.+'\] say; optimizer\.routes for all"):
+        lm.Muon(awkward_model(), lr=0.1).watch_next_step(spectra=given)
+
+
+def test_names_of_no_parameter_cannot_be_watched():
+    optimizer = lm.Muon(awkward_model(), lr=0.1)
+    with pytest.raises(ValueError, match=r"has no parameter model\.square\.weight; optimizer\.routes has"):
+        optimizer.watch_next_step(spectra=["model.square.weight", "square.weight"])
+    assert optimizer.watch.next is None
 
 
 def fabric_loop():

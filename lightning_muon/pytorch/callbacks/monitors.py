@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -9,8 +10,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
 
 from lightning_muon.monitoring import Collection
+from lightning_muon.monitoring.description import describe_model, log_folders
 from lightning_muon.pytorch.callbacks.base import Monitor, parameter_names
-from lightning_muon.pytorch.callbacks.description import describe_model, log_folders
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -134,7 +135,7 @@ class MomentumSpectrumMonitor(Monitor):
         super().on_train_start(trainer, pl_module)
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             description = describe_model(trainer.optimizers, parameter_names(pl_module))
-            for folder in log_folders(trainer):
+            for folder in log_folders(trainer.loggers) or [Path(trainer.default_root_dir)]:
                 description.write(folder)
 
     @override

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from lightning.pytorch.loggers import Logger
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -16,9 +15,6 @@ from lightning_muon.logs import ModelDescription, ParameterDescription
 from lightning_muon.monitoring.sources import Measured, measured_parameters
 from lightning_muon.muon import Muon
 from lightning_muon.orthogonalize import default_dtype
-
-if TYPE_CHECKING:
-    import lightning.pytorch as pl
 
 __all__ = ["describe_model", "log_folders"]
 
@@ -28,7 +24,7 @@ def describe_model(optimizers: Iterable[Optimizer], names: Mapping[Tensor, str])
 
     Args:
         optimizers: All of the run.
-        names: The parameters' names in the LightningModule.
+        names: What to call a parameter, where that is not its name in its optimizer.
     """
     optimizers = list(optimizers)
     trained = {param for one in optimizers for group in one.param_groups for param in group["params"]}
@@ -55,18 +51,19 @@ def _dtype(measured: Measured, shape: tuple[int, int]) -> torch.dtype:
     return given or default_dtype(torch.empty(1, dtype=momentum, device=measured.param.device).expand(shape))
 
 
-def log_folders(trainer: pl.Trainer) -> list[Path]:
-    """The folders of a trainer's loggers on this machine; its ``default_root_dir`` where none of them has one.
+def log_folders(loggers: Iterable[Any]) -> list[Path]:
+    """The folders of these loggers on this machine, each once. For process 0: others may see other version numbers.
 
-    For process 0: others may see other version numbers.
+    Args:
+        loggers: Of a Trainer, of Fabric, or anyone's; those that have no ``log_dir`` do not count.
     """
-    folders = [folder for folder in map(_log_dir, trainer.loggers) if folder is not None and "://" not in folder]
-    return [Path(folder) for folder in dict.fromkeys(folders)] or [Path(trainer.default_root_dir)]
+    folders = [folder for folder in map(_log_dir, loggers) if folder is not None and "://" not in folder]
+    return [Path(folder) for folder in dict.fromkeys(folders)]
 
 
-def _log_dir(logger: Logger) -> str | None:
-    log_dir: Any = getattr(logger, "log_dir", None)
-    if log_dir is None:
+def _log_dir(logger: Any) -> str | None:
+    log_dir = getattr(logger, "log_dir", None)
+    if not isinstance(log_dir, str | Path):
         return None
     getattr(logger, "experiment", None)  # the CSV logger warns of a folder that is not empty when it begins
     return str(log_dir)
