@@ -315,8 +315,8 @@ class Muon(Optimizer):
         """
         if isinstance(spectra, str) or not isinstance(spectra, Iterable | None):
             raise TypeError(
-                f"watch_next_step(spectra={spectra!r}): expected names of parameters, ['{next(iter(self.routes))}'] say;"
-                " optimizer.routes for all."
+                f"watch_next_step(spectra={spectra!r}): expected names of parameters, ['{next(iter(self.routes))}']"
+                " say; optimizer.routes for all."
             )
         names = frozenset(spectra or ())
         if unknown := sorted(map(str, names - self.routes.keys())):

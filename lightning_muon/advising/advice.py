@@ -5,14 +5,20 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from lightning_muon.advising.places import Place
 from lightning_muon.logs import ParameterDescription
-from lightning_muon.orthogonalize import Auto, nominal_sequence, orthogonalization_flops
+from lightning_muon.orthogonalize import (
+    Auto,
+    PolynomialSequence,
+    auto_settings,
+    nominal_sequence,
+    orthogonalization_flops,
+)
 
 __all__ = ["Advice", "Need", "advise"]
 
@@ -27,6 +33,9 @@ class Need:
         description: Its matrices, and how the run orthogonalised them.
         sigmas: By percent, the lowest quantile of the singular values that was seen, in units of the Schatten-4 norm.
         participation_rank: The lowest that was seen.
+        by_step: By optimizer step, the wanted quantile in the same units, and the participation rank.
+        steps_taken: How many iteration steps the run took: the fewest of any matrix, the median, and the most;
+            ``None`` where it was not logged.
     """
 
     name: str
@@ -34,16 +43,38 @@ class Need:
     description: ParameterDescription
     sigmas: Mapping[int, float]
     participation_rank: float
+    by_step: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    steps_taken: tuple[int, int, int] | None = None
 
-    def floor(self, auto: Auto) -> float:
-        """What rounding adds to a singular value, in units of the Schatten-4 norm: the least of the shapes."""
+    @property
+    def is_auto(self) -> bool:
+        """Whether the run chose the steps by itself."""
+        return auto_settings(self.description.orthogonalization) is not None
+
+    def floor(self, auto: Auto, participation_rank: float | None = None) -> float:
+        """What rounding adds to a singular value, in units of the Schatten-4 norm: the least of the shapes.
+
+        Args:
+            auto: Says what it is of the Frobenius norm.
+            participation_rank: Of the matrix; the lowest if ``None``.
+        """
         dtype: torch.dtype = getattr(torch, self.description.dtype)
         floors = (auto.floor((rows, cols), dtype) for rows, cols, _ in self.description.matrices)
-        return min(floors) * math.pow(self.participation_rank, 0.25)
+        return min(floors) * math.pow(participation_rank or self.participation_rank, 0.25)
 
     def flops(self, orthogonalization: Any) -> int:
         """Of all matrices, in one optimizer step."""
-        sequence, dtype = nominal_sequence(orthogonalization), getattr(torch, self.description.dtype)
+        return self._flops(nominal_sequence(orthogonalization))
+
+    def flops_of_run(self) -> int:
+        """The same, as the run orthogonalised; of ``"auto"`` with the median of the steps that it took, if known."""
+        auto = auto_settings(self.description.orthogonalization)
+        if auto is None or self.steps_taken is None:
+            return self.flops(self.description.orthogonalization)
+        return self._flops(auto.sequence(self.steps_taken[1]))
+
+    def _flops(self, sequence: PolynomialSequence | None) -> int:
+        dtype = getattr(torch, self.description.dtype)
         return sum(
             count * orthogonalization_flops(rows, cols, sequence, dtype)
             for rows, cols, count in self.description.matrices
@@ -58,6 +89,7 @@ class Advice:
         place: The layer type and depth.
         needs: Of its parameters.
         steps: How many are needed.
+        over_window: The fewest and the most that single logged steps would have needed.
         lower: The smallest singular value that these bring into the band, in units of the Schatten-4 norm.
         sigma: The lowest quantile, in the same unit.
         floor: What rounding adds to a singular value, in the same unit.
@@ -70,6 +102,7 @@ class Advice:
     place: Place
     needs: tuple[Need, ...]
     steps: int
+    over_window: tuple[int, int]
     lower: float
     sigma: float
     floor: float
@@ -113,13 +146,23 @@ def _advice(place: Place, needs: list[Need], percent: int, auto: Auto) -> Advice
         place,
         tuple(needs),
         steps,
+        _over_window(needs, auto) or (steps, steps),
         lower,
         min(need.sigmas[percent] for need in needs),
         hardest.floor(auto),
         _left_below(needs, lower),
         sum(need.flops(sequence_of(steps, lower)) for need in needs),
-        sum(need.flops(need.description.orthogonalization) for need in needs),
+        sum(need.flops_of_run() for need in needs),
     )
+
+
+def _over_window(needs: list[Need], auto: Auto) -> tuple[int, int] | None:
+    """The fewest and the most steps of single logged steps, at each of which the neediest matrix decides."""
+    by_step: dict[int, int] = {}
+    for need in needs:
+        for step, (sigma, rank) in need.by_step.items():
+            by_step[step] = max(by_step.get(step, 0), auto.choose(sigma, need.floor(auto, rank)))
+    return (min(by_step.values()), max(by_step.values())) if by_step else None
 
 
 def _left_below(needs: list[Need], lower: float) -> tuple[float, float]:

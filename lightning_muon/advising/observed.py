@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median_low
 
 from lightning_muon.advising.advice import Need
 from lightning_muon.advising.places import places
@@ -15,7 +16,9 @@ from lightning_muon.logs import LogError, ModelDescription, Series, find_runs, r
 __all__ = ["PERCENTS", "Observed", "observe"]
 
 PERCENTS = (10, 25, 50, 75, 90, 95)
-_PREFIX = "muon/momentum_"
+_PREFIX, _STEPS = "muon/momentum_", "muon/ns_steps/"
+# Two runs that agree so well are one run that was logged twice: TensorBoard keeps float32.
+_SAME = 1e-6
 
 
 @dataclass(frozen=True)
@@ -24,15 +27,17 @@ class Observed:
 
     Attributes:
         run: The folder of its logs.
+        repeats: Folders where other loggers logged the same.
         model: What it trained.
-        steps: First and last of the logged steps that count.
+        steps: The logged steps that count, ascending.
         needs: Of the parameters that are wanted and were logged.
         unknown: Parameters that Muon trains, and whose spectra were not logged or not wanted.
     """
 
     run: Path
+    repeats: tuple[Path, ...]
     model: ModelDescription
-    steps: tuple[int, int]
+    steps: tuple[int, ...]
     needs: tuple[Need, ...]
     unknown: tuple[str, ...]
 
@@ -41,7 +46,8 @@ def observe(folder: str | Path, percent: int, include: str | None = None, exclud
     """Read a run.
 
     Args:
-        folder: Its logs, or a folder above them that has no other run with momentum spectra.
+        folder: Its logs, or a folder above them that has no other run with momentum spectra. Of several loggers that
+            logged the same run, one is read.
         percent: The quantile that is wanted.
         include: Regular expression that a parameter's name must match somewhere; ``None`` takes all.
         exclude: Regular expression that it must not match.
@@ -49,8 +55,9 @@ def observe(folder: str | Path, percent: int, include: str | None = None, exclud
     Raises:
         LogError: There is no such run, or there are several; or a file cannot be read.
     """
-    logged = {run: read_scalars(run, _PREFIX) for run in find_runs([folder])}
-    runs = [run for run, scalars in logged.items() if scalars]
+    logged = {run: read_scalars(run, (_PREFIX, _STEPS)) for run in find_runs([folder])}
+    found = [run for run, scalars in logged.items() if any(key.startswith(_PREFIX) for key in scalars)]
+    runs = [run for n, run in enumerate(found) if not any(_same(logged[run], logged[one]) for one in found[:n])]
     if len(runs) != 1:
         raise LogError(
             f"{folder} has no run with {_PREFIX}q{percent}/<parameter>: train with MomentumSpectrumMonitor, or in a"
@@ -70,7 +77,9 @@ def observe(folder: str | Path, percent: int, include: str | None = None, exclud
             if window:
                 seen |= set(window)
                 lowest = {p: min(series[step] * ranks[step] ** 0.25 for step in window) for p, series in sigmas.items()}
-                needs.append(Need(name, place_of[name], description, lowest, min(ranks[step] for step in window)))
+                by_step = {step: (sigmas[percent][step] * ranks[step] ** 0.25, ranks[step]) for step in window}
+                rank, taken = min(ranks[step] for step in window), _steps_taken(scalars, name, window)
+                needs.append(Need(name, place_of[name], description, lowest, rank, by_step, taken))
     if not needs:
         raise LogError(
             f"{run} has no {_PREFIX}q{percent} and {_PREFIX}participation_rank of a parameter that is wanted: see to"
@@ -78,7 +87,28 @@ def observe(folder: str | Path, percent: int, include: str | None = None, exclud
         )
     known = {need.name for need in needs}
     unknown = tuple(name for name in model.parameters if name not in known)
-    return Observed(run, model, (min(seen), max(seen)), tuple(needs), unknown)
+    repeats = tuple(one for one in found if one != run)
+    return Observed(run, repeats, model, tuple(sorted(seen)), tuple(needs), unknown)
+
+
+def _same(run: Mapping[str, Series], other: Mapping[str, Series]) -> bool:
+    """Whether two loggers have logged one training."""
+    if {key: list(series) for key, series in run.items()} != {key: list(series) for key, series in other.items()}:
+        return False
+    pairs = ((value, other[key][step]) for key, series in run.items() for step, value in series.items())
+    return all(math.isclose(one, two, rel_tol=_SAME) or (math.isnan(one) and math.isnan(two)) for one, two in pairs)
+
+
+def _steps_taken(scalars: Mapping[str, Series], name: str, window: Iterable[int]) -> tuple[int, int, int] | None:
+    """The fewest, the median and the most iteration steps."""
+    key = f"{_STEPS}{name}"
+    median = scalars.get(key, {})
+    steps = [step for step in window if median.get(step, 0) >= 1]
+    if not steps:
+        return None
+    fewest = min(scalars.get(f"{key}.min", median).get(step, median[step]) for step in steps)
+    most = max(scalars.get(f"{key}.max", median).get(step, median[step]) for step in steps)
+    return int(fewest), int(median_low(median[step] for step in steps)), int(most)
 
 
 def _lowest_series(scalars: Mapping[str, Series], family: str, name: str) -> Series:

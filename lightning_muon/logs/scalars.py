@@ -43,14 +43,14 @@ def find_runs(folders: Iterable[str | Path]) -> list[Path]:
     return sorted(runs)
 
 
-def read_scalars(run: Path, prefix: str = "") -> dict[str, Series]:
+def read_scalars(run: Path, prefix: str | tuple[str, ...] = "") -> dict[str, Series]:
     """The scalars of one run.
 
     Where a step was logged more than once, as by a resumed run, the later value counts.
 
     Args:
         run: A folder of ``find_runs``.
-        prefix: Only keys that start so are read.
+        prefix: Only keys that start so, or in one of these ways, are read.
 
     Raises:
         LogError: A file cannot be read, or needs ``tensorboard``, which is not installed.
@@ -63,7 +63,7 @@ def read_scalars(run: Path, prefix: str = "") -> dict[str, Series]:
     return {key: dict(sorted(series.items())) for key, series in sorted(found.items())}
 
 
-def _read_events(run: Path, prefix: str, found: dict[str, Series]) -> None:
+def _read_events(run: Path, prefix: str | tuple[str, ...], found: dict[str, Series]) -> None:
     accumulator = _accumulator(run)
     accumulator.Reload()
     for key in accumulator.Tags()["scalars"]:
@@ -84,7 +84,7 @@ def _accumulator(run: Path) -> EventAccumulator:
     return event_accumulator.EventAccumulator(str(run), size_guidance=sizes)
 
 
-def _read_csv(path: Path, prefix: str, found: dict[str, Series]) -> None:
+def _read_csv(path: Path, prefix: str | tuple[str, ...], found: dict[str, Series]) -> None:
     with path.open(newline="", encoding="utf-8") as file:
         rows = csv.DictReader(file)
         names = rows.fieldnames or []

@@ -103,8 +103,8 @@ def read_ladder(
             runs.append(run)
     if not runs:
         raise LogError(
-            f"no run logged {prefix}<parameter> of a parameter that is wanted: train with MomentumSpectrumMonitor, or in"
-            " a Fabric loop with log_optimizer(families=MomentumSpectrumMonitor.families), and see to --include and"
+            f"no run logged {prefix}<parameter> of a parameter that is wanted: train with MomentumSpectrumMonitor, or"
+            " in a Fabric loop with log_optimizer(families=MomentumSpectrumMonitor.families), and see to --include and"
             " --exclude."
         )
     order = (*DEPTHS, NO_DEPTH)

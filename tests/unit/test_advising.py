@@ -106,12 +106,12 @@ def test_patterns_match_their_parameters_and_no_others():
         assert matching == ({wanted[name]} if name in wanted else set())
 
 
-def write_run(folder, series, logger=CSVLogger, parameters=None, prefix="muon/momentum_"):
+def write_run(folder, series, logger=CSVLogger, parameters=None, prefix="muon/momentum_", every=10):
     """``series`` has values by family and parameter, one per logged step."""
     log = logger(folder, name="run", version="")
     for step in range(max(map(len, series.values()))):
         values = {f"{prefix}{key}": one[step] for key, one in series.items() if step < len(one)}
-        log.log_metrics(values, step=10 * (step + 1))
+        log.log_metrics(values, step=every * (step + 1))
     log.finalize("success")
     ModelDescription(1000, parameters or {"w": SQUARE}).write(log.log_dir)
     return folder
@@ -128,6 +128,9 @@ SERIES = {
 def test_the_lowest_of_the_last_quarter_counts(tmp_path, logger):
     found = observe(write_run(tmp_path, SERIES, logger), 95)
     assert found.steps == (70, 80)
+    assert list(found.needs[0].by_step) == [70, 80]
+    assert found.needs[0].by_step[70] == pytest.approx((0.04, 16))
+    assert found.needs[0].by_step[80] == pytest.approx((0.08, 16))
     assert found.needs[0].sigmas == pytest.approx({95: 0.02 * 2, 50: 0.5 * 2})
     assert found.needs[0].participation_rank == 16
 
@@ -149,7 +152,7 @@ def test_clear_errors(tmp_path, capsys):
         observe(run, 95, include="nowhere")
     with pytest.raises(LogError, match="no muon/momentum_q90"):
         observe(run, 90)
-    write_run(tmp_path / "b", SERIES)
+    write_run(tmp_path / "b", {**SERIES, "q95/w": [*SERIES["q95/w"][:-1], 0.041]})
     with pytest.raises(LogError, match="several runs: give the folder of one"):
         observe(tmp_path, 95)
     with pytest.raises(LogError, match="train with MomentumSpectrumMonitor"):
@@ -174,13 +177,74 @@ def test_table_and_json_say_the_same(tmp_path, capsys):
     row = next(re.split(r"\s{2,}", line) for line in text.splitlines() if line.startswith("w "))
     assert row == ["w", "–", "1 of 64x64", "0.04", str(steps), "5", "≤ 5%", f"{advice['flops']['advised'] / 1e9:.3f}"]
     assert found["unknown"] == ["x"]
-    assert "left as they are: 1 parameters (x)" in text
+    assert "left as it is: 1 parameter (x)." in text
     assert found["snippet"] in text
     saved = found["flops"]["saved"] / found["flops"]["run"]
     assert f"{saved:.1%} less" in text
     assert 'orthogonalization="auto"' in text
     assert main(["advise", str(run), "--quantile", "q50", "--band", "0.3"]) == 0
     assert f" {Auto(band=0.3).choose(1.0, 0.0)} " in capsys.readouterr().out
+
+
+def warnings_of(capsys, run, *arguments):
+    assert main(["advise", str(run), "--quantile", "q95", "--json", str(run / "advice.json"), *arguments]) == 0
+    found = json.loads((run / "advice.json").read_text())["warnings"]
+    text = capsys.readouterr().out
+    assert all(f"\n  {warning}\n" in text for warning in found)
+    assert ("\nwarnings\n" in text) == bool(found)
+    return found
+
+
+def test_warnings_of_few_and_early_steps_and_of_spectra_that_breathe(tmp_path, capsys):
+    series = {**SERIES, "q95/w": [*SERIES["q95/w"][:6], 0.1, 0.01]}
+    few, early, breathing = warnings_of(capsys, write_run(tmp_path / "short", series))
+    assert few.startswith("the last quarter of the logged steps is 2 steps: ")
+    assert early.startswith("the last logged step is 80: ")
+    fewest, most = (AUTO.choose(sigma, 0.0) for sigma in (0.2, 0.02))
+    assert fewest < most
+    assert breathing.endswith(f": w ({fewest} to {most})")
+    (few,) = warnings_of(capsys, write_run(tmp_path / "one", {key: [1.0] * 4 for key in SERIES}, every=50))
+    assert "is 1 step: " in few
+    assert warnings_of(capsys, write_run(tmp_path / "long", {key: [1.0] * 20 for key in SERIES})) == []
+
+
+@pytest.mark.parametrize("last", [0.04, math.nan])
+def test_one_training_of_two_loggers_is_read_once(tmp_path, capsys, last):
+    series = {**SERIES, "q50/w": [0.123456789] * 7 + [last]}
+    for name, logger in (("a", CSVLogger), ("b", TensorBoardLogger)):
+        write_run(tmp_path / name, series, logger)
+    found = observe(tmp_path, 95)
+    assert [path.parent.name for path in (found.run, *found.repeats)] == ["a", "b"]
+    assert warnings_of(capsys, tmp_path)[0].endswith("repeats the figures of this run: left out")
+    write_run(tmp_path / "c", {**series, "q95/w": [*SERIES["q95/w"], 0.04]})
+    with pytest.raises(LogError, match="several runs"):
+        observe(tmp_path, 95)
+
+
+def test_a_run_of_auto_is_counted_by_the_steps_that_it_took(tmp_path, capsys):
+    parameters = {
+        name: ParameterDescription(((64, 64, count),), "auto", "float32") for name, count in (("w", 1), ("x", 3))
+    }
+    series = {
+        key: [0.5] * 4 for name in parameters for key in (f"momentum_q95/{name}", f"momentum_participation_rank/{name}")
+    }
+    run = write_run(tmp_path / "unknown", series, parameters=parameters, prefix="muon/")
+    assert [need.steps_taken for need in observe(run, 95).needs] == [None, None]
+    warnings_of(capsys, run)
+    nominal = json.loads((run / "advice.json").read_text())["flops"]["run"]
+    assert nominal == 4 * orthogonalization_flops(64, 64, AUTO.sequence(5))
+    series |= {"ns_steps/w": [9, 9, 9, 3], "ns_steps/x": [4] * 4, "ns_steps/x.min": [2] * 4, "ns_steps/x.max": [7] * 4}
+    run = write_run(tmp_path / "known", series, parameters=parameters, prefix="muon/")
+    assert [need.steps_taken for need in observe(run, 95).needs] == [(3, 3, 3), (2, 4, 7)]
+    path = tmp_path / "advice.json"
+    assert main(["advise", str(run), "--quantile", "q95", "--json", str(path)]) == 0
+    rows = {row[0]: row for row in (re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines())}
+    assert [rows[name][5] for name in parameters] == ["auto: 3", "auto: 2 to 7"]
+    found = json.loads(path.read_text())
+    expected = (orthogonalization_flops(64, 64, AUTO.sequence(steps)) for steps in (3, 4))
+    assert found["flops"]["run"] == sum(count * flops for count, flops in zip((1, 3), expected, strict=True))
+    taken = found["advice"][1]["parameters"]["x"]["ns_steps_of_run"]
+    assert taken == {"fewest": 2, "median": 4, "most": 7}
 
 
 class Convolutional(nn.Module):
