@@ -28,7 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_plan(subcommands)
     add_fit(subcommands)
     add_advise(subcommands)
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:  # argparse by itself would show the usage of the command above
+        subcommands.choices[options.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         output = options.run(options)
     except UsageError as error:

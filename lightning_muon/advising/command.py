@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -85,9 +86,12 @@ def _write(path: Path, content: str) -> None:
 
 
 def _band(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0.01 <= value <= 0.5:
-        raise argparse.ArgumentTypeError(f"expected a number from 0.01 to 0.5, got {text}")
+        raise argparse.ArgumentTypeError(f"expected a number from 0.01 to 0.5, got {text!r}")
     return value
 
 

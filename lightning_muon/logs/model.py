@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FILE_NAME", "LogError", "ModelDescription", "ParameterDescription"]
+__all__ = ["FILE_NAME", "LogError", "MissingDescriptionError", "ModelDescription", "ParameterDescription"]
 
 FILE_NAME = "muon_model.json"
 _FORMAT = 1
@@ -16,6 +16,10 @@ _FORMAT = 1
 
 class LogError(ValueError):
     """A run's logs cannot be used; the message says what was wrong and what to do."""
+
+
+class MissingDescriptionError(LogError):
+    """A run has no ``muon_model.json``."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +81,14 @@ class ModelDescription:
         """Read what ``write`` wrote.
 
         Raises:
-            LogError: There is no such file, or it is not of this format.
+            MissingDescriptionError: There is no such file.
+            LogError: It is not of this format.
         """
         path = Path(folder) / FILE_NAME
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise LogError(
+            raise MissingDescriptionError(
                 f"{path} is missing: it says how large the model is. MomentumSpectrumMonitor writes it, and"
                 " log_optimizer in a Fabric loop, beside the scalars of a logger that has a log_dir."
             ) from None

@@ -17,6 +17,7 @@ from lightning_muon.scaling.report import Target, figures, fit_ladder, table
 
 __all__ = ["add_fit"]
 
+_UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 _QUANTILES = ("q10", "q25", "q50", "q75", "q90", "q95")
 
 _DESCRIPTION = """\
@@ -27,7 +28,7 @@ size, and the cheapest orthogonalisation that still resolves it. TensorBoard and
 
 _EPILOG = """\
   lightning-muon fit runs/ladder
-  lightning-muon fit runs/ladder --target-size 300e9 --plot laws.png --json laws.json
+  lightning-muon fit runs/ladder --target-size 300B --plot laws.png --json laws.json
   lightning-muon fit runs/small runs/medium runs/large --quantile q90 --include 'q_proj|k_proj'
 
 Every folder with scalars at or below a LOGDIR is a run; its size is that of muon_model.json beside them. A run's value
@@ -56,7 +57,10 @@ def add_fit(subcommands: Any) -> None:
     parser.add_argument("--include", type=_pattern, metavar="REGEX", help="only parameters whose name matches")
     parser.add_argument("--exclude", type=_pattern, metavar="REGEX", help="no parameter whose name matches")
     parser.add_argument(
-        "--target-size", type=_positive, metavar="M", help="extrapolate to a model of so many trained parameters: 300e9"
+        "--target-size",
+        type=_size,
+        metavar="M",
+        help="extrapolate to a model of so many trained parameters: 300e9 or 300B",
     )
     parser.add_argument(
         "--target-rank",
@@ -111,10 +115,14 @@ def _write(path: Path, content: str | bytes) -> None:
         raise UsageError(f"cannot write {path}: {error.strerror}") from None
 
 
-def _positive(text: str) -> float:
-    value = float(text)
+def _size(text: str) -> float:
+    unit = _UNITS.get(text[-1:].upper(), 1.0)
+    try:
+        value = unit * float(text if unit == 1 else text[:-1])
+    except ValueError:
+        value = math.nan
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a positive number like 300e9, got {text}")
+        raise argparse.ArgumentTypeError(f"expected a positive number of parameters, like 300e9 or 300B; got {text!r}")
     return value
 
 

@@ -9,7 +9,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lightning_muon.logs import LogError, ModelDescription, Series, find_runs, layers, read_scalars
+from lightning_muon.logs import (
+    LogError,
+    MissingDescriptionError,
+    ModelDescription,
+    Series,
+    find_runs,
+    layers,
+    read_scalars,
+)
 from lightning_muon.scaling.depths import DEPTHS, NO_DEPTH, depth_classes
 
 __all__ = ["Ladder", "Place", "Point", "read_ladder", "value_of_run"]
@@ -85,24 +93,31 @@ def read_ladder(
         exclude: Regular expression that it must not match.
 
     Raises:
-        LogError: A folder or a file cannot be read, or no run has the quantile of a parameter that is wanted.
+        LogError: A folder or a file cannot be read, or no run has a description and the quantile of a parameter that
+            is wanted.
     """
     prefix = f"muon/momentum_{quantile}/"
     ladder = Ladder()
     runs: list[dict[Place, Point]] = []
+    missing: MissingDescriptionError | None = None
     for folder in find_runs(folders):
         scalars = read_scalars(folder, prefix)
         if not scalars:
             ladder.warnings.append(f"{folder} logged no {prefix}…: left out")
             continue
         values = {name.removeprefix(prefix): series for name, series in scalars.items()}
-        run = _points(folder, values, re.compile(include or ""), re.compile(exclude or r"(?!)"), ladder.warnings)
+        try:
+            run = _points(folder, values, re.compile(include or ""), re.compile(exclude or r"(?!)"), ladder.warnings)
+        except MissingDescriptionError as error:
+            ladder.warnings.append(f"{folder} has no muon_model.json, which says how large the model is: left out")
+            missing = error
+            continue
         if any(_same(run, other) for other in runs):
             ladder.warnings.append(f"{folder} repeats the figures of another run: left out")
         elif run:
             runs.append(run)
     if not runs:
-        raise LogError(
+        raise missing or LogError(
             f"no run logged {prefix}<parameter> of a parameter that is wanted: train with MomentumSpectrumMonitor, or"
             " in a Fabric loop with log_optimizer(families=MomentumSpectrumMonitor.families), and see to --include and"
             " --exclude."

@@ -18,6 +18,7 @@ __all__ = ["CONFIDENCE", "Estimate", "LocalSlope", "PowerLaw", "fit_power_law"]
 CONFIDENCE = 0.95
 _MIN_SIZES = 4
 _MAX_REACH = 10.0
+_MIN_REACH = 0.5
 _LOG_MAX = math.log(sys.float_info.max)
 
 _Array = NDArray[np.float64]
@@ -102,6 +103,11 @@ class PowerLaw:
         if target_size is not None and target_size > _MAX_REACH * self.sizes[-1]:
             found.append(
                 f"extrapolated to {target_size / self.sizes[-1]:.3g} times the largest size, beyond {_MAX_REACH:g}:"
+                " the interval holds only if nothing changes on the way"
+            )
+        if target_size is not None and target_size < _MIN_REACH * self.sizes[0]:
+            found.append(
+                f"extrapolated to {target_size / self.sizes[0]:.3g} times the smallest size, below {_MIN_REACH:g}:"
                 " the interval holds only if nothing changes on the way"
             )
         return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,11 @@ _FORMATS = (".png", ".pdf", ".svg")
 _POINTS_OF_LINE = 60
 _MARGIN = 1.15
 _PANEL_INCHES = (3.9, 3.4)
+_FOOTER = (
+    "±: 95 % for the exponent. Bands: 95 % for one more run. Dashed: extrapolated. Points of one size are spread"
+    " sideways by depth so that they can be told apart."
+)
+_FOOTER_POINTS, _FOOTER_CHARACTERS_PER_INCH, _POINTS_PER_INCH = 7, 19, 72
 
 
 def plot(fits: Sequence[Fit], quantile: str, target: Target | None, suffix: str = ".png") -> bytes:
@@ -55,7 +61,12 @@ def plot(fits: Sequence[Fit], quantile: str, target: Target | None, suffix: str 
     columns = min(4, math.ceil(math.sqrt(len(types))))
     rows = math.ceil(len(types) / columns)
     width, height = _PANEL_INCHES
-    figure = Figure(figsize=(columns * width, rows * height + 0.5), layout="constrained")
+    footer = textwrap.wrap(_FOOTER, int(columns * width * _FOOTER_CHARACTERS_PER_INCH))
+    footer_height = 1.4 * _FOOTER_POINTS * (len(footer) + 1) / _POINTS_PER_INCH
+    figure_height = rows * height + 0.3 + footer_height
+    figure = Figure(figsize=(columns * width, figure_height), layout="constrained")
+    share = footer_height / figure_height
+    figure.get_layout_engine().set(rect=(0, share, 1, 1 - share))  # type: ignore[call-arg, union-attr]
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
     for number, (axes, type_) in enumerate(zip(panels, types, strict=False)):
         for fit in fits:
@@ -65,15 +76,16 @@ def plot(fits: Sequence[Fit], quantile: str, target: Target | None, suffix: str 
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize=7.5, framealpha=0.75, edgecolor="none", loc="best")
-        axes.tick_params(labelbottom=number + columns >= len(types))
+        is_lowest = number + columns >= len(types)
+        axes.tick_params(labelbottom=is_lowest)
+        axes.set_xlabel("trained parameters" if is_lowest else "")
     for axes in panels[len(types) :]:
         axes.set_axis_off()
     for axes in panels[: len(types)]:  # now that the range is known, which the limit must not widen
         _draw_limit(axes)
-    figure.supxlabel("trained parameters", fontsize=11)
-    figure.text(
-        1, 0, "bands: 95 % for one run; dashed: extrapolated ", fontsize=7, color="#777777", ha="right", va="bottom"
-    )
+        if target:
+            _draw_target(axes, target)
+    figure.text(0.01, 0.01, "\n".join(footer), fontsize=_FOOTER_POINTS, color="#777777", va="bottom")
     figure.supylabel(rf"$\sigma_{{\mathrm{{{quantile}}}}}$ of the normalised momentum", fontsize=11)
     file = io.BytesIO()
     figure.savefig(file, format=suffix.removeprefix("."), dpi=150)
@@ -92,16 +104,18 @@ def _draw(axes: Axes, fit: Fit, target: Target | None) -> None:
     style = {"color": color, "markerfacecolor": "none", "markersize": 4.5, "markeredgewidth": 1.1}
     axes.loglog(sizes, law.values, _MARKERS[depth], label=label, zorder=3, **style)
     _line(axes, fit, smallest / _MARGIN, largest * _MARGIN, color, "-", 0.18)
-    if target:
+    if target and target.size > largest * _MARGIN:
         _line(axes, fit, largest * _MARGIN, target.size, color, "--", 0.08)
+    elif target and target.size < smallest / _MARGIN:
+        _line(axes, fit, target.size, smallest / _MARGIN, color, "--", 0.08)
 
 
 def _line(axes: Axes, fit: Fit, start: float, stop: float, color: str, style: str, alpha: float) -> None:
     sizes = [start * (stop / start) ** (number / (_POINTS_OF_LINE - 1)) for number in range(_POINTS_OF_LINE)]
     predicted = [fit.plain.predict(size) for size in sizes]
-    axes.plot(sizes, [one.value for one in predicted], style, color=color, linewidth=1.4)
+    axes.plot(sizes, [min(one.value, 1.0) for one in predicted], style, color=color, linewidth=1.4)
     if all(one.low > 0 and one.high < math.inf for one in predicted):
-        low, high = [one.low for one in predicted], [one.high for one in predicted]
+        low, high = [min(one.low, 1.0) for one in predicted], [min(one.high, 1.0) for one in predicted]
         axes.fill_between(sizes, low, high, color=color, alpha=alpha, linewidth=0)
 
 
@@ -112,3 +126,9 @@ def _draw_limit(axes: Axes) -> None:
         axes.axhline(limit, color="#999999", linestyle=":", linewidth=1)
         text = f" {_REFERENCE} resolves what is above"
         axes.text(0, limit, text, transform=axes.get_yaxis_transform(), fontsize=7, color="#777777", va="top")
+
+
+def _draw_target(axes: Axes, target: Target) -> None:
+    axes.axvline(target.size, color="#999999", linestyle="-.", linewidth=1)
+    style = {"fontsize": 7, "color": "#777777", "rotation": 90, "ha": "right", "va": "bottom"}
+    axes.text(target.size, 0.02, "target", transform=axes.get_xaxis_transform(), **style)  # type: ignore[arg-type]

@@ -42,11 +42,13 @@ class Fit:
     corrected: PowerLaw
 
     def sigma_at(self, target: Target) -> Estimate:
-        """σ at the target: by the width-corrected law where the target's rank is known, else by the plain one."""
-        if target.rank is None:
-            return self.plain.predict(target.size)
-        scaled, root = self.corrected.predict(target.size), math.sqrt(target.rank)
-        return Estimate(scaled.value / root, scaled.low / root, scaled.high / root)
+        """σ at the target: by the width-corrected law where the target's rank is known, else by the plain one.
+
+        A law may pass 1, which no σ of a normalised matrix does: 1 is then the answer.
+        """
+        law, root = (self.plain, 1.0) if target.rank is None else (self.corrected, math.sqrt(target.rank))
+        predicted = law.predict(target.size)
+        return Estimate(*(min(value / root, 1.0) for value in (predicted.value, predicted.low, predicted.high)))
 
     def warnings(self, target: Target | None) -> list[str]:
         """What is to be known of either law."""

@@ -55,7 +55,8 @@ def label(orthogonalization: str | dict[str, Any] | None) -> str:
     """In a few words: ``keller5``, ``4 steps from 0.005``, or ``none``."""
     if orthogonalization is None or isinstance(orthogonalization, str):
         return orthogonalization or "none"
-    return f"{orthogonalization['steps']} steps from {orthogonalization['lower']:g}"
+    steps = orthogonalization["steps"]
+    return f"{steps} step{'s' if steps > 1 else ''} from {orthogonalization['lower']:g}"
 
 
 def resolution_limit(name: str) -> float:

@@ -159,10 +159,12 @@ def test_clear_errors(tmp_path, capsys):
         observe(write_run(tmp_path / "c", {"w": [1.0]}, prefix="muon/weight_rms/"), 95)
     assert main(["advise", str(tmp_path / "nowhere")]) == 2
     assert "advise: error" in capsys.readouterr().err
-    for arguments in (["--band", "0.9"], ["--include", "("]):
+    for arguments in (["--band", "0.9"], ["--band", "wide"], ["--include", "("], ["--quantil", "q75", "q80"]):
         with pytest.raises(SystemExit):
             main(["advise", str(run), *arguments])
-        assert "expected a" in capsys.readouterr().err
+        message = capsys.readouterr().err
+        assert message.startswith("usage: lightning-muon advise ")
+        assert "expected a" in message or "unrecognized arguments: q80" in message
 
 
 def test_table_and_json_say_the_same(tmp_path, capsys):

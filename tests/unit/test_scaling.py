@@ -153,6 +153,8 @@ def test_plot_is_a_picture(ladder, capsys, tmp_path, suffix):
         assert content.startswith(b"\x89PNG")
     else:
         assert b"q_proj" in content
+        assert b"sideways" in content
+        assert content.count(b"<!-- target -->") == 2  # in each of the panels
 
 
 @pytest.mark.parametrize(
@@ -181,13 +183,49 @@ def test_errors_are_one_message_and_status_2(arguments, message, ladder, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "arguments", ["", "x --target-size 0", "x --target-size inf", "x --include (", "x --quantile 0.5"]
+    "arguments",
+    ["", "x --target-size 0", "x --target-size inf", "x --include (", "x --quantile 0.5", "x --no-such-option"],
 )
 def test_a_wrong_command_line_is_status_2(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["fit", *arguments.split()])
     assert exit_.value.code == 2
-    assert "error:" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert message.startswith("usage: lightning-muon fit ")
+    assert "lightning-muon fit: error:" in message
+
+
+@pytest.mark.parametrize(("text", "size"), [("300B", 300e9), ("7M", 7e6), ("1.5K", 1500), ("2t", 2e12), ("3e8", 3e8)])
+def test_sizes_may_have_units(text, size, ladder, capsys, tmp_path):
+    fit(capsys, ladder, "--target-size", text, "--json", tmp_path / "laws.json")
+    assert json.loads((tmp_path / "laws.json").read_text())["target"]["size"] == pytest.approx(size, rel=1e-12)
+
+
+@pytest.mark.parametrize("text", ["", "B", "0B", "-7M", "7G", "infB", "nan", "many"])
+def test_a_size_that_is_none_is_a_clear_error(text, capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "x", f"--target-size={text}"])
+    assert f"like 300e9 or 300B; got {text!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("share", "warns"), [(0.49, True), (0.51, False), (9.9, False)])
+def test_a_target_far_below_the_ladder_is_an_extrapolation(ladder, capsys, share, warns):
+    text = fit(capsys, ladder, "--target-size", share * size_of(WIDTHS[0]))
+    assert ("all: extrapolated to 0.49 times the smallest size, below 0.5" in text) is warns
+    assert ("extrapolated to" in text) is warns
+
+
+def test_no_singular_value_is_above_1(ladder, capsys, tmp_path):
+    fit(capsys, ladder, "--target-size", "1", "--include", "q_proj", "--json", tmp_path / "laws.json")  # σ = 2 at 1
+    laws = json.loads((tmp_path / "laws.json").read_text())["laws"]
+    assert {tuple(law["target"]["sigma"].values()) for law in laws} == {(1.0, 1.0, 1.0)}
+
+
+def test_a_run_that_is_not_described_is_left_out(ladder, capsys):
+    record(ladder / "bare", CSVLogger, 48, describe=False)
+    text = fit(capsys, ladder)
+    assert {row[0] for row in rows_of(text).values()} == {"4"}
+    assert "has no muon_model.json, which says how large the model is: left out" in text
 
 
 def test_value_of_a_run_is_the_geometric_mean_of_the_last_quarter():
