@@ -83,7 +83,7 @@ def table(observed: Observed, advices: Sequence[Advice], percent: int, band: flo
         "worst matrix.",
         f"Newton–Schulz: {after / 1e9:,.3f} GFLOP per optimizer step, {before / 1e9:,.3f} as the run did it: {change}.",
     ]
-    if after > before:
+    if after > before and not all(need.is_auto for advice in advices for need in advice.needs):
         lines.append(
             "The run's own sequences do not reach so far down; --quantile q75, say, or a wider --band ask for less."
         )

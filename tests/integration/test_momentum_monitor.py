@@ -385,7 +385,7 @@ def test_names_of_no_parameter_cannot_be_watched():
     assert optimizer.watch.next is None
 
 
-def fabric_loop():
+def fabric_loop(folder):
     fabric = L.Fabric(accelerator="cpu", devices=2, strategy="muon_zero1", plugins=[PoolEnvironment()])
     fabric.launch()
     bare = awkward_model()
@@ -393,13 +393,16 @@ def fabric_loop():
     fabric.backward(module(token_batches(1, 4)[0].chunk(2)[fabric.global_rank]))
     optimizer.watch_next_step(spectra=optimizer.routes)
     optimizer.step()
-    return lm.log_optimizer(DummyLogger(), optimizer, 1, families=FAMILIES)
+    return lm.log_optimizer(CSVLogger(folder, version=""), optimizer, 1, families=FAMILIES)
 
 
-def test_fabric_loop_of_two_processes():
-    first, second = run_processes(2, fabric_loop)
+def test_fabric_loop_of_two_processes(tmp_path):
+    first, second = run_processes(2, fabric_loop, str(tmp_path))
     assert first == second
     model = awkward_model()
+    (described,) = tmp_path.rglob("muon_model.json")
+    expected = sum(param.numel() for param in model.parameters())
+    assert ModelDescription.read(described.parent).num_parameters == expected
     optimizer = lm.Muon(model, lr=0.1)
     model.loss(token_batches(1, 4)[0]).backward()
     optimizer.watch_next_step(spectra=optimizer.routes)

@@ -242,6 +242,12 @@ def test_a_run_of_auto_is_counted_by_the_steps_that_it_took(tmp_path, capsys):
     assert main(["advise", str(run), "--quantile", "q95", "--json", str(path)]) == 0
     rows = {row[0]: row for row in (re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines())}
     assert [rows[name][5] for name in parameters] == ["auto: 3", "auto: 2 to 7"]
+    series |= {f"momentum_q95/{name}": [1e-3] * 4 for name in parameters}
+    run = write_run(tmp_path / "low", series, parameters=parameters, prefix="muon/")
+    assert main(["advise", str(run), "--quantile", "q95"]) == 0
+    text = capsys.readouterr().out
+    assert " more.\n" in text
+    assert "own sequences do not reach so far" not in text  # which is said of sequences that were fixed
     found = json.loads(path.read_text())
     expected = (orthogonalization_flops(64, 64, AUTO.sequence(steps)) for steps in (3, 4))
     assert found["flops"]["run"] == sum(count * flops for count, flops in zip((1, 3), expected, strict=True))
