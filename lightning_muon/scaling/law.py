@@ -18,6 +18,7 @@ __all__ = ["CONFIDENCE", "Estimate", "LocalSlope", "PowerLaw", "fit_power_law"]
 CONFIDENCE = 0.95
 _MIN_SIZES = 4
 _MAX_REACH = 10.0
+_MIN_SPAN = 3.0
 _MIN_REACH = 0.5
 _LOG_MAX = math.log(sys.float_info.max)
 
@@ -86,7 +87,9 @@ class PowerLaw:
         distance = math.log(size) - x.mean()
         variance = _variance(residuals, np.log(self.values), len(x) - 2)
         error = math.sqrt(variance * (1 + 1 / len(x) + distance**2 / (centred @ centred)))
-        log_mean = math.log(self.coefficient.value) - self.exponent.value * math.log(size)
+        log_mean = (
+            float(np.log(self.values).mean()) - self.exponent.value * distance
+        )  # the line goes through the middle
         return _exp(_interval(log_mean, error, len(x) - 2))
 
     def warnings(self, target_size: float | None = None) -> list[str]:
@@ -98,6 +101,11 @@ class PowerLaw:
         found = []
         if self.num_sizes < _MIN_SIZES:
             found.append(f"fitted to {self.num_sizes} sizes: with fewer than {_MIN_SIZES}, curvature cannot be seen")
+        if self.sizes[-1] < _MIN_SPAN * self.sizes[0]:
+            found.append(
+                f"the sizes span a factor of {self.sizes[-1] / self.sizes[0]:.3g}, less than {_MIN_SPAN:g}: the exponent"
+                " says little about others"
+            )
         if self.is_curved:
             found.append("curved: no power law over these sizes, and what it says of others is not to be relied on")
         if target_size is not None and target_size > _MAX_REACH * self.sizes[-1]:

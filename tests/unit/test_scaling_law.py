@@ -182,3 +182,15 @@ def test_resolution_limit_is_where_the_output_passes_seven_tenths():
     limit = resolution_limit("polar_express5")
     sequence = polynomial_sequence("polar_express5")
     assert sequence(limit) >= 0.7 > sequence(limit * 0.99)
+
+
+@pytest.mark.parametrize("values", [(0.1, 0.09, 0.08), (0.08, 0.09, 0.1)])
+def test_a_steep_law_of_sizes_close_together_can_be_evaluated(values):
+    """Its value at size 1 is beyond float64; between its runs it is not."""
+    law = fit_power_law([1e6, 1.0005e6, 1.001e6], values)
+    assert law.predict(1.0005e6).value == pytest.approx(0.09, rel=0.01)
+    assert any("span a factor of 1" in text for text in law.warnings())
+
+
+def test_a_wide_ladder_is_not_called_narrow():
+    assert not any("span" in text for text in fit_power_law([1e6, 2e6, 3e6, 4e6], [4.0, 3.0, 2.0, 1.0]).warnings())
