@@ -87,9 +87,8 @@ class PowerLaw:
         distance = math.log(size) - x.mean()
         variance = _variance(residuals, np.log(self.values), len(x) - 2)
         error = math.sqrt(variance * (1 + 1 / len(x) + distance**2 / (centred @ centred)))
-        log_mean = (
-            float(np.log(self.values).mean()) - self.exponent.value * distance
-        )  # the line goes through the middle
+        # through the middle, where the line is known best: its value at size 1 can be beyond float64
+        log_mean = float(np.log(self.values).mean()) - self.exponent.value * distance
         return _exp(_interval(log_mean, error, len(x) - 2))
 
     def warnings(self, target_size: float | None = None) -> list[str]:
@@ -103,8 +102,8 @@ class PowerLaw:
             found.append(f"fitted to {self.num_sizes} sizes: with fewer than {_MIN_SIZES}, curvature cannot be seen")
         if self.sizes[-1] < _MIN_SPAN * self.sizes[0]:
             found.append(
-                f"the sizes span a factor of {self.sizes[-1] / self.sizes[0]:.3g}, less than {_MIN_SPAN:g}: the exponent"
-                " says little about others"
+                f"the sizes span a factor of {self.sizes[-1] / self.sizes[0]:.3g}, less than {_MIN_SPAN:g}:"
+                " the exponent says little about others"
             )
         if self.is_curved:
             found.append("curved: no power law over these sizes, and what it says of others is not to be relied on")
