@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -96,7 +98,8 @@ def _normalize(x: Tensor, safety: float) -> Tensor:
     Dividing by the largest entry first keeps the squares of the norm from over- or underflowing, so there is no
     epsilon, and a gradient of 1e-30 is as good as one of 1.
     """
-    largest = x.abs().amax(dim=(-2, -1), keepdim=True)
-    scaled = x / torch.where(largest == 0, 1.0, largest)
+    tiny = torch.finfo(x.dtype).tiny  # for zeros, which stay zeros; NaN passes
+    scaled = x / torch.linalg.vector_norm(x, math.inf, dim=(-2, -1), keepdim=True).clamp_min(tiny)
     norm = torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True)
-    return scaled / torch.where(norm == 0, 1.0, norm * safety)
+    normalized: Tensor = scaled / norm.mul_(safety).clamp_min_(tiny)
+    return normalized

@@ -66,6 +66,8 @@ def iterate(x: Tensor, sequence: PolynomialSequence, probe: Probe | None = None)
     """
     if not _runs_alone(x):
         return _run(x, sequence, probe)
+    if x.shape[0] == 1:
+        return _run(x[0], sequence, probe).unsqueeze(0)
     result = torch.empty_like(x)
     for matrix, target in zip(x, result, strict=True):
         target.copy_(_run(matrix, sequence, probe))
