@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from lightning_muon.advising.command import add_advise
 from lightning_muon.planning.command import add_plan
-from lightning_muon.planning.errors import UsageError
 from lightning_muon.scaling.command import add_fit
+from lightning_muon.usage import UsageError
 
 __all__ = ["main"]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from lightning_muon.advising.observed import PERCENTS, observe
 from lightning_muon.advising.report import figures, table
 from lightning_muon.logs import LogError
 from lightning_muon.orthogonalize import Auto
-from lightning_muon.planning.errors import UsageError
+from lightning_muon.usage import UsageError, add_filters
 
 __all__ = ["add_advise"]
 
@@ -55,8 +54,7 @@ def add_advise(subcommands: Any) -> None:
     parser.add_argument(
         "--band", type=_band, default=0.1, metavar="B", help="1 - B to 1 + B, 0.01 to 0.5 (default: %(default)g)"
     )
-    parser.add_argument("--include", type=_pattern, metavar="REGEX", help="only parameters whose name matches")
-    parser.add_argument("--exclude", type=_pattern, metavar="REGEX", help="no parameter whose name matches")
+    add_filters(parser)
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures and the code there")
 
 
@@ -93,11 +91,3 @@ def _band(text: str) -> float:
     if not 0.01 <= value <= 0.5:
         raise argparse.ArgumentTypeError(f"expected a number from 0.01 to 0.5, got {text!r}")
     return value
-
-
-def _pattern(text: str) -> str:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise argparse.ArgumentTypeError(f"expected a regular expression, got {text!r}: {error}") from None
-    return text

@@ -23,11 +23,6 @@ class Layer:
     block: int | None = None
     num_blocks: int = 0
 
-    @property
-    def relative_depth(self) -> float | None:
-        """0 in the first block of the stack, 1 in the last; ``None`` outside."""
-        return None if self.block is None else self.block / (self.num_blocks - 1)
-
 
 def layers(names: Iterable[str]) -> dict[str, Layer]:
     """Find the repeated blocks in a model's parameter names.

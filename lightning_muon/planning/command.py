@@ -13,11 +13,11 @@ from torch import nn
 from lightning_muon.muon import Muon
 from lightning_muon.planning import models
 from lightning_muon.planning.devices import DEVICES, device
-from lightning_muon.planning.errors import UsageError
 from lightning_muon.planning.exposed import Speeds
 from lightning_muon.planning.models import NamedParameters
 from lightning_muon.planning.optimizers import optimizer_of
 from lightning_muon.planning.report import figures, table
+from lightning_muon.usage import UsageError
 
 __all__ = ["add_plan"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_muon.planning.errors import UsageError
+from lightning_muon.usage import UsageError
 
 __all__ = ["DEVICES", "Device", "device"]
 

@@ -20,7 +20,7 @@ import yaml
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_muon.planning.errors import UsageError
+from lightning_muon.usage import UsageError
 
 __all__ = [
     "NamedParameters",

@@ -14,9 +14,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_muon.muon import Muon
-from lightning_muon.planning.errors import UsageError
 from lightning_muon.planning.models import NamedParameters
 from lightning_muon.routing import Rule
+from lightning_muon.usage import UsageError
 
 __all__ = ["optimizer_of"]
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
 from lightning_muon.logs import LogError
-from lightning_muon.planning.errors import UsageError
 from lightning_muon.scaling.ladder import read_ladder
 from lightning_muon.scaling.plot import plot
 from lightning_muon.scaling.report import Target, figures, fit_ladder, table
+from lightning_muon.usage import UsageError, add_filters
 
 __all__ = ["add_fit"]
 
@@ -54,8 +53,7 @@ def add_fit(subcommands: Any) -> None:
         default="q50",
         help="of the singular values, from the top: q10 is a large one, q95 a small one (default: %(default)s)",
     )
-    parser.add_argument("--include", type=_pattern, metavar="REGEX", help="only parameters whose name matches")
-    parser.add_argument("--exclude", type=_pattern, metavar="REGEX", help="no parameter whose name matches")
+    add_filters(parser)
     parser.add_argument(
         "--target-size",
         type=_size,
@@ -124,11 +122,3 @@ def _size(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"expected a positive number of parameters, like 300e9 or 300B; got {text!r}")
     return value
-
-
-def _pattern(text: str) -> str:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise argparse.ArgumentTypeError(f"expected a regular expression, got {text!r}: {error}") from None
-    return text

@@ -8,10 +8,10 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lightning_muon.planning.errors import UsageError
 from lightning_muon.scaling.depths import DEPTHS, NO_DEPTH
 from lightning_muon.scaling.report import Fit, Target, short_names
 from lightning_muon.scaling.sequences import resolution_limit
+from lightning_muon.usage import UsageError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

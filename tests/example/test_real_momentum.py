@@ -13,7 +13,6 @@ POLYNOMIALS = [name for name in available_sequences() if name != "exact"]
 
 @pytest.fixture(scope="module")
 def momentum():
-    torch.set_num_threads(1)
     recorded = recorded_momentum((10, 25))
     matrices = [matrix for matrices in recorded.values() for _, matrix in matrices]
     peaked = sorted(matrices, key=lambda matrix: -spectrum_of(matrix)[0].item())

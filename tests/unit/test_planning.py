@@ -23,10 +23,10 @@ from lightning_muon.partition import Alone
 from lightning_muon.planning import models
 from lightning_muon.planning.costs import RankCosts, costs_of_schemes
 from lightning_muon.planning.devices import DEVICES, Device, device
-from lightning_muon.planning.errors import UsageError
 from lightning_muon.planning.exposed import Speeds, exposed_time
 from lightning_muon.planning.optimizers import optimizer_of
 from lightning_muon.sharding.units import ownership_plan
+from lightning_muon.usage import UsageError
 from tests.models import awkward_model
 
 WORLD_SIZES = [1, 2, 3, 4, 13]

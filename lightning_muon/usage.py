@@ -1,0 +1,26 @@
+"""What the subcommands share: the one exception, and the filters of those that read logs."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+__all__ = ["UsageError", "add_filters"]
+
+
+class UsageError(ValueError):
+    """The user's input cannot be used; the message says what was wrong and what to do."""
+
+
+def add_filters(parser: argparse.ArgumentParser) -> None:
+    """Add ``--include`` and ``--exclude``, regular expressions over the names of parameters."""
+    parser.add_argument("--include", type=_pattern, metavar="REGEX", help="only parameters whose name matches")
+    parser.add_argument("--exclude", type=_pattern, metavar="REGEX", help="no parameter whose name matches")
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"expected a regular expression, got {text!r}: {error}") from None
+    return text
