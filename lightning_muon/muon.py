@@ -219,7 +219,7 @@ class Muon(Optimizer):
         self._create_state()
         self._consolidated.clear()
         self._update_records = []
-        self._watch.begin()
+        self._watch.begin(self.param_groups)
         if self._may_step():
             step = Step(self.param_groups, self.state, self.routes, self._partition)
             self._update_records += step.run(self._step_counts, self._watch, self.idle_matrices == "skip")
@@ -299,8 +299,8 @@ class Muon(Optimizer):
         """What the last step did to this process's matrices, for the monitors; nothing if it was skipped."""
         return self._update_records
 
-    def watch_next_step(self, spectra: Iterable[str] | None = None) -> None:
-        """Have the next step keep what it sees of the momentum, for ``update_records`` and ``momentum_spectra``.
+    def watch_next_step(self, spectra: Iterable[str] | None = None, *, alignments: bool = False) -> None:
+        """Have the next step keep what it sees of the momentum, for ``lightning_muon.log_optimizer``.
 
         Every process must ask for the same, before ``step`` or in its closure; what is asked for before one step adds
         up.
@@ -308,6 +308,8 @@ class Muon(Optimizer):
         Args:
             spectra: Names of the parameters whose matrices' singular values are wanted, which cost an eigenvalue
                 decomposition each, ``optimizer.routes`` for all; ``None`` for none.
+            alignments: Keep the inner products of gradient, momentum and update: a pass over all three. Where spectra
+                are wanted they are kept in any case.
 
         Raises:
             TypeError: ``spectra`` is not several names.
@@ -325,7 +327,7 @@ class Muon(Optimizer):
                 f"{', …' if len(unknown) > 3 else ''}; optimizer.routes has the names, {next(iter(self.routes))!r} for"
                 " one."
             )
-        self._watch.ask(names)
+        self._watch.ask(names, alignments or bool(names))
 
     @property
     def watch(self) -> Watch:

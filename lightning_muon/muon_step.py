@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_muon.alignment import Alignments
 from lightning_muon.choosing import Chooser, Treatment
 from lightning_muon.exchange import Exchange
 from lightning_muon.matrices import MatrixKey, MatrixPart
@@ -63,10 +64,14 @@ class _MovingPart:
     Attributes:
         part: Which.
         weight: Its view of the parameter.
+        momentum: Its view of the momentum.
+        gradient: Its view of the gradient; negated where the optimizer ascends.
     """
 
     part: MatrixPart
     weight: Tensor
+    momentum: Tensor
+    gradient: Tensor
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,7 @@ class MuonStage:
         options: Of all parameters of the stage, by name.
         exchange: How the parts become matrices.
         idle: Matrices to leave alone, momentum and weight.
+        alignments: Takes in the inner products of gradients, momenta and updates.
     """
 
     def __init__(
@@ -128,8 +134,9 @@ class MuonStage:
         options: Mapping[str, MatrixOptions],
         exchange: Exchange,
         idle: Container[MatrixKey],
+        alignments: Alignments | None = None,
     ) -> None:
-        self._options, self._exchange = options, exchange
+        self._options, self._exchange, self._alignments = options, exchange, alignments
         self._runs: list[tuple[OwnedParameter, list[Run]]] = []
         self._moving: list[_MovingPart] = []
         fed: list[tuple[MatrixPart, Tensor]] = []
@@ -176,16 +183,19 @@ class MuonStage:
             parameter.write_back(runs)
 
     def _apply(self, updates: Iterable[tuple[int, Tensor]]) -> None:
-        alike: dict[tuple[Any, ...], list[tuple[Tensor, Tensor]]] = {}
+        alike: dict[tuple[Any, ...], list[tuple[_MovingPart, Tensor]]] = {}
         for number, update in updates:
             moving = self._moving[number]
             options = self._options[moving.part.key[0]]
             group = options.group
             how = (float(group["lr"]), group["weight_decay"], options.scale(moving.part.shape))
-            alike.setdefault((*how, update.dtype, update.device), []).append((moving.weight, update))
+            alike.setdefault((*how, update.dtype, update.device), []).append((moving, update))
         for (lr, weight_decay, scale, *_), pairs in alike.items():
-            weights, values = map(list, zip(*pairs, strict=True))
-            apply_updates_(weights, values, lr=lr, weight_decay=weight_decay, scale=scale)
+            moved, values = [moving for moving, _ in pairs], [update for _, update in pairs]
+            if self._alignments is not None:
+                keys, momenta = [one.part.key for one in moved], [one.momentum for one in moved]
+                self._alignments.add(keys, [one.gradient for one in moved], momenta, values)
+            apply_updates_([one.weight for one in moved], values, lr=lr, weight_decay=weight_decay, scale=scale)
 
     def _batches(
         self, matrices: Mapping[MatrixKey, Tensor], sequences: Mapping[MatrixKey, PolynomialSequence | None]
@@ -211,13 +221,14 @@ def _advance_momentum(
     """Advance the momentum of the held parts, and give each with its piece of what is orthogonalised, float32 at
     least."""
     group = matrices.parameter.group
-    moving, buffers, gradients = [], [], []
+    moving = []
     for run, parts in zip(runs, matrices.parts, strict=True):
-        gradient = run.gradient.neg() if group["maximize"] else run.gradient
-        for part in parts:
-            if part.key not in idle:
-                moving.append(_MovingPart(part, part.view(run.weight)))
-                buffers.append(part.view(run.state["momentum_buffer"]))
-                gradients.append(part.view(gradient))
+        momentum, gradient = run.state["momentum_buffer"], run.gradient.neg() if group["maximize"] else run.gradient
+        moving += [
+            _MovingPart(part, part.view(run.weight), part.view(momentum), part.view(gradient))
+            for part in parts
+            if part.key not in idle
+        ]
     if moving:
+        buffers, gradients = [one.momentum for one in moving], [one.gradient for one in moving]
         yield from zip(moving, momentum_(buffers, gradients, group["momentum"], group["nesterov"]), strict=True)

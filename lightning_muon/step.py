@@ -72,7 +72,8 @@ class Step:
         for number in range(len(stages) + ahead):
             if number < len(stages):
                 exchange = self._partition.exchange(number, idle)
-                sent.append(MuonStage(self._held_matrices(stages[number]), options, exchange, idle))
+                held = self._held_matrices(stages[number])
+                sent.append(MuonStage(held, options, exchange, idle, watch.alignments))
                 self._update_elementwise(stages[number])
             if number >= ahead:
                 stage = sent.popleft()

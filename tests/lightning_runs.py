@@ -89,8 +89,9 @@ class AwkwardLightningModule(L.LightningModule):
         return self.model(self.batches[0]).argmax(-1)
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
-        if self.trainer.optimizers[0].last_grad_norm is not None:
-            self.norms.append(self.trainer.optimizers[0].last_grad_norm.item())
+        norm = getattr(self.trainer.optimizers[0], "last_grad_norm", None)
+        if norm is not None:
+            self.norms.append(norm.item())
         self.replica_difference = max(self.replica_difference, replica_difference(self))
 
     def configure_optimizers(self):

@@ -22,11 +22,13 @@ class Finding:
         kind: Which alarm it is about, as in the key ``muon/alarms/<kind>``.
         name: The parameter, layer or head.
         trouble: What is wrong, in which units, and what helps: sentences that follow the name. ``None`` if all is well.
+        patience: In how many measurements in a row it must be found before it is said.
     """
 
     kind: str
     name: str
     trouble: str | None
+    patience: int = 1
 
 
 class Alarms:
@@ -37,7 +39,8 @@ class Alarms:
     """
 
     def __init__(self) -> None:
-        self._well_for: dict[tuple[str, str], int] = {}
+        self._well_for: dict[tuple[str, str], int] = {}  # of what was said and is not over
+        self._bad_for: dict[tuple[str, str], int] = {}  # of what was not said yet
 
     def hear(self, findings: Iterable[Finding]) -> list[str]:
         """Take in the findings of one step.
@@ -49,14 +52,18 @@ class Alarms:
         begun: dict[str, list[Finding]] = {}
         for finding in findings:
             key = (finding.kind, finding.name)
-            if finding.trouble is not None:
-                if key not in self._well_for:
-                    begun.setdefault(finding.kind, []).append(finding)
-                self._well_for[key] = 0
-            elif key in self._well_for:
-                self._well_for[key] += 1
+            if key in self._well_for:
+                self._well_for[key] = 0 if finding.trouble else self._well_for[key] + 1
                 if self._well_for[key] >= _OVER_AFTER:
                     del self._well_for[key]
+            elif finding.trouble is None:
+                self._bad_for.pop(key, None)
+            else:
+                self._bad_for[key] = self._bad_for.get(key, 0) + 1
+                if self._bad_for[key] >= finding.patience:
+                    del self._bad_for[key]
+                    self._well_for[key] = 0
+                    begun.setdefault(finding.kind, []).append(finding)
         said = []
         for kind, new in begun.items():
             said += [f"{one.name}: {one.trouble}" for one in new[:_SAID_IN_FULL]]
@@ -65,5 +72,5 @@ class Alarms:
         return said
 
     def standing(self) -> dict[str, int]:
-        """How many things are in trouble, by kind; those that showed it in the last ten measurements."""
+        """How many things are in trouble, by kind; those that were said and are not over."""
         return dict(Counter(kind for kind, _ in self._well_for))

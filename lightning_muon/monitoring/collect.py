@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from lightning_muon.monitoring.alarms import Finding
 from lightning_muon.monitoring.families import FAMILIES, Source
-from lightning_muon.monitoring.iteration import momentum_singular_values, residuals
+from lightning_muon.monitoring.iteration import momentum_singular_values
 from lightning_muon.monitoring.request import Request
 from lightning_muon.monitoring.sources import Measured, measured_parameters, weight_singular_values
-from lightning_muon.muon import Muon
+from lightning_muon.monitoring.subject import Subject
+from lightning_muon.monitoring.troubles import Judge
 
 __all__ = ["Collection", "collect"]
 
-# what rounding may add to a residual
-_TOLERANCE = 1.1
 _GRAD_NORM_KEYS = {"all": "muon/grad_norm", "muon": "muon/grad_norm_muon", "adamw": "muon/grad_norm_adamw"}
 
 
@@ -30,19 +29,21 @@ class Collection:
         values: Scalars by logging key, ``muon/<family>/<parameter>``.
         spectra: The weights' singular values by parameter, all its matrices together, where a spectrum was asked for.
         momentum_spectra: The same of what was orthogonalised, relative to its Frobenius norm.
-        broken_promises: Parameters whose residual is above what the sequence allows, or not finite: the worst
-            matrix's residual, and what is allowed.
+        findings: What the judges say.
     """
 
     values: dict[str, float] = field(default_factory=dict)
     spectra: dict[str, Tensor] = field(default_factory=dict)
     momentum_spectra: dict[str, Tensor] = field(default_factory=dict)
-    broken_promises: dict[str, tuple[float, float]] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
 
 
 @torch.no_grad()
 def collect(
-    optimizers: Sequence[Muon], requests: Sequence[Request], names: Mapping[Tensor, str] | None = None
+    optimizers: Sequence[Subject],
+    requests: Sequence[Request],
+    names: Mapping[Tensor, str] | None = None,
+    judges: Sequence[Judge] = (),
 ) -> Collection:
     """Measure, after a step. Every process must call it with the same requests; each computes its share.
 
@@ -53,9 +54,11 @@ def collect(
         optimizers: The optimizers.
         requests: What is wanted.
         names: What to call a parameter, where that is not its name in its optimizer.
+        judges: Who looks at what is found of each parameter, where the family is asked for that they judge.
     """
     collection = Collection()
-    sources = list(dict.fromkeys(FAMILIES[family].source for request in requests for family in request.families))
+    families = [family for request in requests for family in request.families]
+    sources = list(dict.fromkeys(source for family in families for source in FAMILIES[family].sources))
     measured: list[Measured] = []
     results: dict[Source, list[Tensor]] = {source: [] for source in sources}
     for optimizer in optimizers:
@@ -71,7 +74,15 @@ def collect(
             measured += wanted
     for request in requests:
         for family in request.families:
-            _fill(collection, request, family, measured, results[FAMILIES[family].source])
+            vectors = zip(*(results[source] for source in FAMILIES[family].sources), strict=True)
+            pairs = zip(measured, vectors, strict=True)
+            _fill(collection, request, family, [(one, found) for one, found in pairs if request.wants(one.name)])
+    for judge in judges:
+        asking = [request for request in requests if judge.family in request.families]
+        for one, vector in zip(measured, results.get(judge.source, ()), strict=bool(asking)):
+            if any(request.wants(one.name) for request in asking):
+                finding = judge.finding(one, vector)
+                collection.findings += [] if finding is None else [finding]
     for which, key in _GRAD_NORM_KEYS.items():
         norms = [optimizer.last_grad_norms[which] for optimizer in optimizers if which in optimizer.last_grad_norms]
         if norms:
@@ -80,15 +91,13 @@ def collect(
 
 
 def _fill(
-    collection: Collection, request: Request, family: str, wanted: Sequence[Measured], found: Sequence[Tensor]
+    collection: Collection, request: Request, family: str, found: Sequence[tuple[Measured, tuple[Tensor, ...]]]
 ) -> None:
-    """Turn what a source found (one vector per parameter) into the keys of one family."""
-    own_values, source = [], FAMILIES[family].source
-    for measured, vector in zip(wanted, found, strict=True):
-        if not request.wants(measured.name) or not vector.numel():
-            continue
+    """Turn what sources found (vectors for each parameter) into the keys of one family."""
+    own_values = []
+    for measured, vectors in found:
         key = f"muon/{family}/{measured.name}"
-        summary = FAMILIES[family].summarize(measured, vector)
+        summary = FAMILIES[family].summarize(measured, *vectors) if vectors[0].numel() else None
         if summary is None:
             continue
         collection.values[key] = summary.own
@@ -99,28 +108,11 @@ def _fill(
             collection.values[f"{key}.max"] = max(values.values())
             if request.mode == "detailed":
                 collection.values.update({f"{key}.{number}": value for number, value in values.items()})
-        if source is weight_singular_values:
-            collection.spectra[measured.name] = vector
-        elif source is momentum_singular_values:
-            collection.momentum_spectra[measured.name] = vector
-        elif source is residuals:
-            _check_promises(collection, measured, vector)
+        if FAMILIES[family].sources == (weight_singular_values,):
+            collection.spectra[measured.name] = vectors[0]
+        elif FAMILIES[family].sources == (momentum_singular_values,):
+            collection.momentum_spectra[measured.name] = vectors[0]
     if own_values:
         collection.values[f"muon/{family}/_min"] = min(own_values)
         collection.values[f"muon/{family}/_mean"] = sum(own_values) / len(own_values)
         collection.values[f"muon/{family}/_max"] = max(own_values)
-
-
-def _check_promises(collection: Collection, measured: Measured, found: Tensor) -> None:
-    broken = [
-        (residual, promise)
-        for residual, promise, is_there in found.reshape(-1, 3).tolist()
-        if is_there and not residual <= _TOLERANCE * promise  # NaN is not
-    ]
-    if broken:
-        collection.broken_promises[measured.name] = max(broken, key=_excess)
-
-
-def _excess(found: tuple[float, float]) -> float:
-    residual, promise = found
-    return residual / promise if math.isfinite(residual) else math.inf

@@ -12,15 +12,21 @@ import torch
 from torch import Tensor
 
 from lightning_muon.matrices import MatrixKey
-from lightning_muon.monitoring.measures import descent_kept, fail_fraction, lifted, promised_residual
+from lightning_muon.monitoring.measures import (
+    descent_kept,
+    fail_fraction,
+    lifted,
+    orthogonality_error,
+    promised_residual,
+)
 from lightning_muon.monitoring.sources import Measured
-from lightning_muon.muon import Muon
+from lightning_muon.monitoring.subject import Subject
 from lightning_muon.orthogonalize import PolynomialSequence, rank_tolerance
 
-__all__ = ["iteration_steps", "momentum_singular_values", "outcomes", "residuals"]
+__all__ = ["alignments", "iteration_steps", "momentum_singular_values", "outcomes", "residuals"]
 
 
-def momentum_singular_values(optimizer: Muon, wanted: Sequence[Measured]) -> list[Tensor]:
+def momentum_singular_values(optimizer: Subject, wanted: Sequence[Measured]) -> list[Tensor]:
     """The singular values of what was orthogonalised, relative to its Frobenius norm, matrix after matrix."""
     vectors = []
     for measured in wanted:
@@ -33,8 +39,9 @@ def momentum_singular_values(optimizer: Muon, wanted: Sequence[Measured]) -> lis
     return vectors
 
 
-def outcomes(optimizer: Muon, wanted: Sequence[Measured]) -> list[Tensor]:
-    """``(share of σ that fail, share of the descent that is kept, 1)`` per matrix, of the watched spectra."""
+def outcomes(optimizer: Subject, wanted: Sequence[Measured]) -> list[Tensor]:
+    """``(share of σ that fail, share of the descent that is kept, distance from orthogonal, 1)`` per matrix, of the
+    watched spectra."""
     sequences = {key: record.sequence for record in optimizer.update_records for key in record.keys}
     found: dict[MatrixKey, tuple[float | Tensor, ...]] = {}
     for measured in wanted:
@@ -43,11 +50,11 @@ def outcomes(optimizer: Muon, wanted: Sequence[Measured]) -> list[Tensor]:
             if key in optimizer.momentum_spectra:
                 sigma = optimizer.momentum_spectra[key]
                 outputs = lifted(sigma, sequences[key], _tolerance(measured, shape, sequences[key]))
-                found[key] = (fail_fraction(outputs), descent_kept(sigma, outputs))
-    return _tables(wanted, found, 2)
+                found[key] = (fail_fraction(outputs), descent_kept(sigma, outputs), orthogonality_error(outputs))
+    return _tables(wanted, found, 3)
 
 
-def residuals(optimizer: Muon, wanted: Sequence[Measured]) -> list[Tensor]:
+def residuals(optimizer: Subject, wanted: Sequence[Measured]) -> list[Tensor]:
     """``(‖XXᵀ - I‖_F/√rank before the last step, the largest that the sequence allows, 1)`` per matrix."""
     found: dict[MatrixKey, tuple[float | Tensor, ...]] = {}
     for record in optimizer.update_records if optimizer.watch.last is not None else ():
@@ -57,7 +64,14 @@ def residuals(optimizer: Muon, wanted: Sequence[Measured]) -> list[Tensor]:
     return _tables(wanted, found, 2)
 
 
-def iteration_steps(optimizer: Muon, wanted: Sequence[Measured]) -> list[Tensor]:
+def alignments(optimizer: Subject, wanted: Sequence[Measured]) -> list[Tensor]:
+    """``(⟨G, G⟩, ⟨M, M⟩, ⟨G, M⟩, ⟨U, U⟩, ⟨U, G⟩, parts)`` per matrix, as ``Alignments`` has them."""
+    kept = optimizer.watch.alignments
+    found = {key: tuple(sums) for key, sums in kept.sums.items()} if kept is not None else {}
+    return _tables(wanted, found, 5)
+
+
+def iteration_steps(optimizer: Subject, wanted: Sequence[Measured]) -> list[Tensor]:
     """``(number of steps, 1)`` per matrix; the exact polar factor has none."""
     found: dict[MatrixKey, tuple[float | Tensor, ...]] = {
         key: (float(len(record.sequence.steps)),)

@@ -10,13 +10,17 @@ from torch import Tensor
 from lightning_muon.orthogonalize import PolynomialSequence
 
 __all__ = [
+    "cosine",
     "descent_kept",
     "fail_fraction",
     "lifted",
+    "nuclear_rank",
+    "orthogonality_error",
     "participation_rank",
     "promised_residual",
     "quantile",
     "rms",
+    "scaled_quantile",
     "spectral_norm",
     "spike",
     "stable_rank",
@@ -77,6 +81,28 @@ def participation_rank(sigma: Tensor) -> Tensor:
     return sigma.square().sum(dim=-1).square() / torch.where(fourth == 0, 1.0, fourth)
 
 
+def nuclear_rank(sigma: Tensor) -> Tensor:
+    """``(Σσ)²/Σσ²``: another count of directions, 1 to ``r``, to which small σ add more; 0 for a zero matrix.
+    ``(..., r)`` → ``(...)``.
+
+    Its root is the nuclear norm in units of the Frobenius norm: the descent of the exact polar factor.
+    """
+    energy = sigma.square().sum(dim=-1)
+    return sigma.sum(dim=-1).square() / torch.where(energy == 0, 1.0, energy)
+
+
+def scaled_quantile(sigma: Tensor, percent: int) -> Tensor:
+    """``quantile · √r``: in units of what all would be if they were equal, which takes out what width alone does
+    (``σ ~ r^-½``, arXiv 2606.04058). ``(..., r)`` → ``(...)``."""
+    return quantile(sigma, percent) * math.sqrt(sigma.shape[-1])
+
+
+def cosine(product: float, square: float, other_square: float) -> float:
+    """``⟨a, b⟩/(‖a‖·‖b‖)``, -1 to 1; 0 where one of them is zero."""
+    norms = math.sqrt(square * other_square)
+    return product / norms if norms else 0.0
+
+
 def spike(sigma: Tensor) -> Tensor:
     """``σ₁²/Σσ²``, the share of the energy in one direction; 0 for a zero matrix. ``(..., r)`` → ``(...)``."""
     energy = sigma.square().sum(dim=-1)
@@ -111,6 +137,11 @@ def fail_fraction(outputs: Tensor) -> Tensor:
     """The share of singular values that end below 0.1; ``outputs`` is f(σ). ``(..., r)`` → ``(...)``."""
     share = (outputs < _FAILED_BELOW).to(outputs.dtype).mean(dim=-1)
     return torch.where(outputs.isnan().any(dim=-1), torch.nan, share)
+
+
+def orthogonality_error(outputs: Tensor) -> Tensor:
+    """``‖OOᵀ - I‖_F/√r``: 0 for an orthogonal update, 1 for none; ``outputs`` is f(σ). ``(..., r)`` → ``(...)``."""
+    return (outputs.square() - 1).square().mean(dim=-1).sqrt()
 
 
 def descent_kept(sigma: Tensor, outputs: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from lightning_muon.monitoring.families import FAMILIES, OF_SPECTRA, WATCHED
+from lightning_muon.monitoring.families import FAMILIES, OF_ALIGNMENTS, OF_SPECTRA, OF_UPDATES, WATCHED
 from lightning_muon.muon import Muon
 
 __all__ = ["Mode", "Request"]
@@ -58,6 +58,16 @@ class Request:
     def has_spectra(self) -> bool:
         """Whether it is about the momentum's singular values."""
         return not OF_SPECTRA.isdisjoint(self.families)
+
+    @property
+    def has_alignments(self) -> bool:
+        """Whether it is about how gradient, momentum and update lie to each other."""
+        return not OF_ALIGNMENTS.isdisjoint(self.families)
+
+    @property
+    def has_updates(self) -> bool:
+        """Whether it is about the size of the update."""
+        return not OF_UPDATES.isdisjoint(self.families)
 
     def spectra_of(self, optimizer: Muon, names: Mapping[Tensor, str] | None = None) -> set[str]:
         """The parameters whose momentum's singular values are wanted, by their names in the optimizer.

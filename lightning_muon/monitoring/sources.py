@@ -6,7 +6,8 @@ with its part.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lightning_muon.local import local
-from lightning_muon.matrices import MatrixLayout
-from lightning_muon.muon import Muon
+from lightning_muon.matrices import MatrixKey, MatrixLayout
+from lightning_muon.monitoring.subject import Subject
 from lightning_muon.orthogonalize import singular_values
 
 __all__ = ["Measured", "measured_parameters", "update_squares", "weight_singular_values", "weight_squares"]
@@ -23,13 +24,23 @@ __all__ = ["Measured", "measured_parameters", "update_squares", "weight_singular
 
 @dataclass(frozen=True)
 class Measured:
-    """A parameter, as the measures see it: its name in the logs, and the key of its matrices in the optimizer."""
+    """A parameter, as the measures see it.
+
+    Attributes:
+        name: In the logs.
+        key: The name of its matrices in the optimizer.
+        param: The parameter.
+        group: Its group.
+        layout: Its matrices; ``None`` for a vector.
+        rate: The learning rate of the last step.
+    """
 
     name: str
     key: str
     param: Tensor
     group: dict[str, Any]
     layout: MatrixLayout | None
+    rate: float
 
     @property
     def numels(self) -> list[int]:
@@ -51,39 +62,42 @@ class Measured:
         return [min(shape) for shape in self.shapes]
 
 
-def measured_parameters(optimizer: Muon, names: Mapping[Tensor, str]) -> list[Measured]:
+def measured_parameters(optimizer: Subject, names: Mapping[Tensor, str]) -> list[Measured]:
     """All parameters, ordered by name as on every other process; ``names`` says what to call them in the logs."""
+    rates = optimizer.watch.rates
     measured = [
-        Measured(names.get(param, key), key, param, group, optimizer.routes[key].layout)
+        Measured(
+            names.get(param, key),
+            key,
+            param,
+            group,
+            optimizer.routes[key].layout,
+            rates.get(group["name"], float(group["lr"])),
+        )
         for group in optimizer.param_groups
         for key, param in zip(group["param_names"], group["params"], strict=True)
     ]
     return sorted(measured, key=lambda one: one.key)
 
 
-def update_squares(optimizer: Muon, wanted: Sequence[Measured]) -> list[Tensor]:
-    """``Σ update²`` of the last step, before decay and learning rate: per matrix for Muon, per parameter for AdamW."""
-    squares = {
-        key: value
-        for record in optimizer.update_records
-        for key, value in zip(record.keys, record.square_sums, strict=True)
-    }
-    vectors = []
-    for measured in wanted:
-        if measured.group["algorithm"] == "muon":
-            count = len(measured.numels)
-            vector = _zeros(measured, count)
-            for number in range(count):
-                if (measured.key, number) in squares:
-                    vector[number] = squares[measured.key, number]
-        else:
+def update_squares(optimizer: Subject, wanted: Sequence[Measured]) -> list[Tensor]:
+    """``Σ update²`` of the last step, before decay and learning rate: per matrix, or per parameter for our AdamW.
+
+    Nothing if the step that was to be watched has not come: a gradient scaler has left it out.
+    """
+    if optimizer.watch.next is not None:
+        return [_zeros(measured, 0) for measured in wanted]
+    keys = [key for record in optimizer.update_records for key in record.keys]
+    sums = [record.square_sums for record in optimizer.update_records]
+    vectors = _scatter(wanted, keys, torch.cat([one.double() for one in sums]) if sums else None)
+    for number, measured in enumerate(wanted):
+        if measured.group["algorithm"] == "adamw":
             own = _adamw_update_squares(optimizer, measured)
-            vector = _zeros(measured, 1) + own / optimizer.partition.copies(measured.key)
-        vectors.append(vector)
+            vectors[number] = _zeros(measured, 1) + own / optimizer.partition.copies(measured.key)
     return vectors
 
 
-def _adamw_update_squares(optimizer: Muon, measured: Measured) -> Tensor | float:
+def _adamw_update_squares(optimizer: Subject, measured: Measured) -> Tensor | float:
     """AdamW's ``m̂ / (√v̂ + ε)`` follows from its state, on the elements this process owns."""
     state = optimizer.state[measured.param]
     step = float(state.get("step", 0))
@@ -96,21 +110,42 @@ def _adamw_update_squares(optimizer: Muon, measured: Measured) -> Tensor | float
     return update.square().sum()
 
 
-def weight_squares(optimizer: Muon, wanted: Sequence[Measured]) -> list[Tensor]:
+def weight_squares(optimizer: Subject, wanted: Sequence[Measured]) -> list[Tensor]:
     """``Σ weight²`` per matrix; of a vector, as a whole."""
-    vectors = [_zeros(measured, len(measured.numels)) for measured in wanted]
-    targets = {measured.key: vector for measured, vector in zip(wanted, vectors, strict=True)}
-    for (name, number), matrix in optimizer.partition.deal(_with_matrices(wanted)):
-        targets[name][number] = matrix.double().square().sum()
-    for measured, vector in zip(wanted, vectors, strict=True):
-        if measured.layout is None:
-            flat = local(measured.param).reshape(-1)
-            for start, stop in optimizer.local_ranges(measured.key, measured.param):
-                vector += flat[start:stop].double().square().sum() / optimizer.partition.copies(measured.key)
-    return vectors
+    keys, norms, copies = [], [], []
+    for measured in wanted:
+        flat = local(measured.param).reshape(-1)
+        for key, view in _own_views(optimizer, measured, flat):
+            keys.append(key)
+            norms.append(torch.linalg.vector_norm(view, dtype=torch.promote_types(view.dtype, torch.float32)).double())
+            copies.append(optimizer.partition.copies(measured.key))
+    # AdamW's elements are shared out one by one, across the edges of matrices
+    stacks = [one for one in wanted if _is_stack(one) and one.group["algorithm"] == "adamw"]
+    for key, matrix in optimizer.partition.deal(_with_matrices(stacks)):
+        keys.append(key)
+        norms.append(torch.linalg.vector_norm(matrix.double()))
+        copies.append(1)
+    squares = torch.stack(norms).square() if norms else None
+    return _scatter(wanted, keys, squares if squares is None else squares / squares.new_tensor(copies))
 
 
-def weight_singular_values(optimizer: Muon, wanted: Sequence[Measured]) -> list[Tensor]:
+def _own_views(optimizer: Subject, measured: Measured, flat: Tensor) -> Iterator[tuple[MatrixKey, Tensor]]:
+    """What this process has to say of a parameter: over all processes, each element is in one view, or in one for each
+    copy."""
+    ranges = optimizer.local_ranges(measured.key, measured.param)
+    if measured.layout is None or not _is_stack(measured):
+        yield from (((measured.key, 0), flat[start:stop]) for start, stop in ranges)
+    elif measured.group["algorithm"] != "adamw":
+        parts = optimizer.partition.parts(measured.key, measured.layout, flat.numel())
+        for (start, stop), own in zip(ranges, parts, strict=True):
+            yield from ((part.key, part.view(flat[start:stop])) for part in own)
+
+
+def _is_stack(measured: Measured) -> bool:
+    return len(measured.numels) > 1
+
+
+def weight_singular_values(optimizer: Subject, wanted: Sequence[Measured]) -> list[Tensor]:
     """All singular values of each matrix, matrix after matrix; empty for a vector."""
     vectors = [_zeros(measured, sum(measured.ranks)) for measured in wanted]
     targets = {m.key: torch.split(v, m.ranks) for m, v in zip(wanted, vectors, strict=True) if m.ranks}
@@ -121,6 +156,17 @@ def weight_singular_values(optimizer: Muon, wanted: Sequence[Measured]) -> list[
 
 def _with_matrices(wanted: Sequence[Measured]) -> dict[str, tuple[Tensor, MatrixLayout]]:
     return {measured.key: (measured.param, measured.layout) for measured in wanted if measured.layout is not None}
+
+
+def _scatter(wanted: Sequence[Measured], keys: Sequence[MatrixKey], values: Tensor | None) -> list[Tensor]:
+    """One entry per matrix of each parameter; what is found twice of a matrix is added. In few launches."""
+    counts = [len(measured.numels) for measured in wanted]
+    firsts = dict(zip((measured.key for measured in wanted), itertools.accumulate(counts, initial=0), strict=False))
+    places = [(firsts[name] + number, place) for place, (name, number) in enumerate(keys) if name in firsts]
+    if values is None or not places:
+        return [_zeros(measured, count) for measured, count in zip(wanted, counts, strict=True)]
+    targets, sources = (torch.tensor(one, device=values.device) for one in zip(*places, strict=True))
+    return list(torch.split(values.new_zeros(sum(counts)).index_add_(0, targets, values[sources]), counts))
 
 
 def _zeros(measured: Measured, count: int) -> Tensor:

@@ -46,9 +46,7 @@ def test_fabric_loop(tmp_path):
     step()
     assert "muon/momentum_q50/experts_up.min" in lm.log_optimizer(fabric, optimizer, 3, families=families)
     optimizer.watch_next_step(spectra=optimizer.routes)  # and a gradient scaler leaves out the step
-    values = lm.log_optimizer(fabric, optimizer, 4, families=families)
-    assert values
-    assert not [tag for tag in values if "update_rms" not in tag]
+    assert lm.log_optimizer(fabric, optimizer, 4, families=families) == {}
 
 
 def test_logs_of_a_fabric_loop_are_read_by_advise(tmp_path, capsys):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -128,14 +129,11 @@ def test_log_optimizer_writes_what_it_returns(tmp_path):
         lm.log_optimizer(logger, torch.optim.SGD(model.parameters(), lr=0.1), step=8)
 
 
-def test_monitors_refuse_other_optimizers(tmp_path):
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
+def test_the_momentum_monitor_refuses_other_optimizers(tmp_path):
     module = AwkwardLightningModule(optimizer=torch.optim.AdamW)
+    callbacks = [lm.MomentumSpectrumMonitor()]
     with pytest.raises(MisconfigurationException, match=r"watches lightning_muon\.Muon"):
-        trainer(1, "auto", accelerator="cpu", logger=CSVLogger(tmp_path), callbacks=[lm.WeightNormMonitor()]).fit(
-            module
-        )
+        trainer(1, "auto", accelerator="cpu", logger=CSVLogger(tmp_path), callbacks=callbacks).fit(module)
 
 
 def test_clipping_norm_is_logged(tmp_path):

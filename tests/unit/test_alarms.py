@@ -42,6 +42,16 @@ def test_many_at_once_do_not_flood():
     assert said[-1].endswith("layer12, …")
 
 
+def test_patience_waits_for_a_row():
+    alarms = Alarms()
+    slow = Finding("size", "a", "is small.", patience=3)
+    for _ in range(5):
+        assert alarms.hear([slow, finding("b")]) in ([], ["b: is too large."])
+        assert alarms.hear([slow]) == []
+        assert alarms.hear([finding(trouble=None)]) == []
+    assert [alarms.hear([slow]) for _ in range(4)] == [[], [], ["a: is small."], []]
+
+
 def test_kinds_and_names_are_apart():
     alarms = Alarms()
     alarms.hear([finding(), Finding("rank", "a", "is low."), finding("b")])

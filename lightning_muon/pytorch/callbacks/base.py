@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lightning.fabric.utilities import rank_zero_warn
+from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_muon.monitoring import Collection, Mode, Request, collect
+from lightning_muon.monitoring import Collection, Mode, ObservedOptimizer, Request, Session, Subject
 from lightning_muon.muon import Muon
 from lightning_muon.names import canonical_name
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
+    from lightning.pytorch.loggers import Logger
 
 __all__ = ["Monitor", "parameter_names"]
 
@@ -39,6 +41,7 @@ class Monitor(Callback):
     """
 
     families: ClassVar[tuple[str, ...]] = ()
+    needs_muon: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -52,7 +55,9 @@ class Monitor(Callback):
         self.every_n_steps = every_n_steps
         self.request = Request(self.families, include, exclude, mode)
         self._last_step = 0
-        self._warned: set[str] = set()
+        self._session = Session()
+        self._loggers_that_failed: set[int] = set()
+        self._subjects: dict[Optimizer, Subject] = {}
 
     def default_interval(self, trainer: pl.Trainer) -> int:
         """Steps between two measurements where the user said nothing."""
@@ -72,26 +77,37 @@ class Monitor(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not _muons(trainer):
+        if self.needs_muon and not any(isinstance(optimizer, Muon) for optimizer in trainer.optimizers):
             raise MisconfigurationException(
                 f"{type(self).__name__} watches lightning_muon.Muon; this Trainer's optimizers are"
                 f" {[type(optimizer).__name__ for optimizer in trainer.optimizers]}."
             )
         self._last_step = trainer.global_step
+        if _monitors(trainer)[0] is self:
+            self._subjects = _subjects(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._subjects = {}
 
     @override
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         monitors = _monitors(trainer)
-        if monitors[0] is not self or not isinstance(optimizer, Muon):
+        subject = self._subjects.get(optimizer)
+        if monitors[0] is not self or subject is None:
             return
         # where the batch ends, every other optimizer may have stepped as well
         steps = range(trainer.global_step + 1, trainer.global_step + 1 + len(trainer.optimizers))
         due = [monitor.request for monitor in monitors if any(monitor.is_due(trainer, step) for step in steps)]
-        if any(request.is_watching for request in due):
-            names = parameter_names(pl_module)
-            optimizer.watch_next_step({key for request in due for key in request.spectra_of(optimizer, names)})
+        names = parameter_names(pl_module)
+        if isinstance(subject, ObservedOptimizer):
+            asking = [request for request in due if request.has_updates]
+            subject.watch_next_step({n for n in names.values() if any(request.wants(n) for request in asking)})
+        elif isinstance(subject, Muon) and any(request.is_watching for request in due):
+            spectra = {key for request in due for key in request.spectra_of(subject, names)}
+            subject.watch_next_step(spectra, alignments=any(request.has_alignments for request in due))
 
     @override
     def on_train_batch_end(
@@ -104,30 +120,31 @@ class Monitor(Callback):
         due = [monitor for monitor in monitors if monitor.is_due(trainer, trainer.global_step)]
         if not due:
             return
-        collection = collect(_muons(trainer), [monitor.request for monitor in due], parameter_names(pl_module))
-        self._warn(collection)
-        for logger in trainer.loggers:
-            logger.log_metrics(collection.values, step=trainer.global_step)
+        requests = [monitor.request for monitor in due]
+        sighting = self._session.look(list(self._subjects.values()), requests, parameter_names(pl_module))
+        for text in sighting.warnings:
+            rank_zero_warn(text)
         if trainer.is_global_zero:
-            for monitor in due:
-                monitor.show(trainer, collection)
+            self._log(trainer, due, sighting.collection)
 
-    def _warn(self, collection: Collection) -> None:
-        """Newton–Schulz has left its range; once for each parameter."""
-        for name, (residual, promise) in collection.broken_promises.items():
-            if name not in self._warned:
-                self._warned.add(name)
-                rank_zero_warn(
-                    f"{name}: before the last step of Newton–Schulz the residual ‖XXᵀ-I‖_F/√rank is {residual:.4g}, and"
-                    f" its polynomial sequence allows {promise:.4g} at most: rounding has carried singular values out"
-                    " of the range that it is made for, and the update is not to be trusted. Give Muon"
-                    " orthogonalization_dtype=torch.float32, or a sequence with more head-room, such as"
-                    " orthogonalization={'name': 'polar_express', 'steps': 5, 'lower': 1e-3, 'safety': 1.05}."
-                    " This is said once for each parameter; muon/ns_residual has every value."
-                )
+    def _log(self, trainer: pl.Trainer, due: Sequence[Monitor], collection: Collection) -> None:
+        """A logger that fails is said once. The processes without loggers would wait for this one if it ended here."""
+        for logger in trainer.loggers:
+            try:
+                logger.log_metrics(collection.values, step=trainer.global_step)
+                for monitor in due:
+                    monitor.show(trainer, logger, collection)
+            except Exception as error:
+                if id(logger) not in self._loggers_that_failed:
+                    self._loggers_that_failed.add(id(logger))
+                    rank_zero_warn(
+                        f"{type(logger).__name__} could not log what the monitors found at step {trainer.global_step}:"
+                        f" {type(error).__name__}: {error}. Training goes on, and the monitors go on trying; this is"
+                        " said once."
+                    )
 
-    def show(self, trainer: pl.Trainer, collection: Collection) -> None:
-        """Log what is no scalar; on process 0."""
+    def show(self, trainer: pl.Trainer, logger: Logger, collection: Collection) -> None:
+        """Log what is no scalar; on process 0, once for each logger."""
 
 
 def _monitors(trainer: pl.Trainer) -> list[Monitor]:
@@ -139,6 +156,19 @@ def parameter_names(pl_module: pl.LightningModule) -> dict[Tensor, str]:
     return {param: canonical_name(name) for name, param in pl_module.named_parameters()}
 
 
-def _muons(trainer: pl.Trainer) -> list[Muon]:
-    optimizers: list[Optimizer] = trainer.optimizers
-    return [optimizer for optimizer in optimizers if isinstance(optimizer, Muon)]
+def _subjects(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[Optimizer, Subject]:
+    """What of each optimizer can be measured."""
+    subjects: dict[Optimizer, Subject] = {}
+    for optimizer in trainer.optimizers:
+        if isinstance(optimizer, Muon):
+            subjects[optimizer] = optimizer
+        else:
+            try:
+                subjects[optimizer] = ObservedOptimizer(optimizer, pl_module)
+            except ValueError as error:
+                raise MisconfigurationException(str(error)) from None
+            rank_zero_info(
+                f"The monitors see {type(optimizer).__name__} by the differences of the weights: at a step that they"
+                " measure they keep a copy of the weights from before."
+            )
+    return subjects

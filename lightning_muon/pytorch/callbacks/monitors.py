@@ -15,6 +15,7 @@ from lightning_muon.pytorch.callbacks.base import Monitor, parameter_names
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
+    from lightning.pytorch.loggers import Logger
 
 __all__ = ["MomentumSpectrumMonitor", "SpectrumMonitor", "UpdateRMSMonitor", "WeightNormMonitor"]
 
@@ -38,7 +39,7 @@ class UpdateRMSMonitor(Monitor):
     each parameter: rounding has carried singular values out of the range that the sequence is made for.
     """
 
-    families: ClassVar[tuple[str, ...]] = ("update_rms", "ns_residual")
+    families: ClassVar[tuple[str, ...]] = ("update_rms", "update_weight_ratio", "ns_residual")
 
 
 class WeightNormMonitor(Monitor):
@@ -75,13 +76,12 @@ class SpectrumMonitor(Monitor):
         return 200
 
     @override
-    def show(self, trainer: pl.Trainer, collection: Collection) -> None:
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                for name, sigma in collection.spectra.items():
-                    if self.request.wants(name):
-                        tag = f"muon/weight_singular_values/{name}"
-                        logger.experiment.add_histogram(tag, sigma.numpy(), trainer.global_step)
+    def show(self, trainer: pl.Trainer, logger: Logger, collection: Collection) -> None:
+        if isinstance(logger, TensorBoardLogger):
+            for name, sigma in collection.spectra.items():
+                if self.request.wants(name):
+                    tag = f"muon/weight_singular_values/{name}"
+                    logger.experiment.add_histogram(tag, sigma.numpy(), trainer.global_step)
 
 
 class MomentumSpectrumMonitor(Monitor):
@@ -112,19 +112,20 @@ class MomentumSpectrumMonitor(Monitor):
     """
 
     families: ClassVar[tuple[str, ...]] = (
-        "momentum_q10",
-        "momentum_q25",
-        "momentum_q50",
-        "momentum_q75",
-        "momentum_q90",
-        "momentum_q95",
+        *(f"momentum_q{percent}" for percent in (10, 25, 50, 75, 90, 95)),
+        *(f"momentum_scaled_q{percent}" for percent in (10, 25, 50, 75, 90)),
         "momentum_participation_rank",
+        "momentum_nuclear_rank",
         "momentum_spike",
         "ns_fail_frac",
         "ns_descent_kept",
+        "ns_orthogonality_error",
         "ns_residual",
         "ns_steps",
+        "gradient_momentum_cosine",
+        "update_gradient_cosine",
     )
+    needs_muon = True
 
     @override
     def default_interval(self, trainer: pl.Trainer) -> int:
@@ -139,12 +140,11 @@ class MomentumSpectrumMonitor(Monitor):
                 description.write(folder)
 
     @override
-    def show(self, trainer: pl.Trainer, collection: Collection) -> None:
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                for name, sigma in collection.momentum_spectra.items():
-                    if self.request.wants(name) and (sigma > 0).any():
-                        # by decades: on a linear axis all but the largest are one bar at 0
-                        logs = sigma[sigma > 0].log10().clamp(max=0).numpy()  # 1, but for rounding
-                        tag = f"muon/momentum_singular_values/{name}"
-                        logger.experiment.add_histogram(tag, logs, trainer.global_step, bins=_LOG10_EDGES)
+    def show(self, trainer: pl.Trainer, logger: Logger, collection: Collection) -> None:
+        if isinstance(logger, TensorBoardLogger):
+            for name, sigma in collection.momentum_spectra.items():
+                if self.request.wants(name) and (sigma > 0).any():
+                    # by decades: on a linear axis all but the largest are one bar at 0
+                    logs = sigma[sigma > 0].log10().clamp(max=0).numpy()  # 1, but for rounding
+                    tag = f"muon/momentum_singular_values/{name}"
+                    logger.experiment.add_histogram(tag, logs, trainer.global_step, bins=_LOG10_EDGES)

@@ -1,0 +1,72 @@
+"""What the coefficients promise of updates, and what follows for the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_muon.monitoring.sources import Measured
+from lightning_muon.orthogonalize import auto_settings, nominal_sequence
+from lightning_muon.updates import update_scale
+
+__all__ = ["WeightBounds", "full_update", "highest_output"]
+
+
+def highest_output(group: Mapping[str, Any]) -> float:
+    """The largest singular value that an update of this group can have, in units of its scale; exact arithmetic."""
+    auto, sequence = auto_settings(group["orthogonalization"]), nominal_sequence(group["orthogonalization"])
+    nominal = 1.0 if sequence is None else sequence.highest()[-1]
+    return nominal if auto is None else max(nominal, 1 + auto.band)
+
+
+def full_update(measured: Measured, number: int) -> float:
+    """The RMS of a matrix's update with all singular values at 1: ``scale·√(r/(rows·cols))``."""
+    rows, cols = measured.shapes[number]
+    return _scale(measured, number) * math.sqrt(min(rows, cols) / (rows * cols))
+
+
+def _scale(measured: Measured, number: int) -> float:
+    shape = measured.shapes[number]
+    assert measured.layout is not None  # else it has no matrices
+    rows, cols = reversed(shape) if measured.layout.transposed else shape
+    return update_scale(measured.group["scale"], rows, cols)
+
+
+class WeightBounds:
+    """How large each weight can have become: ``‖W‖₂ <= max(‖W₀‖₂, s·scale/λ)``.
+
+    A step ``W ← (1 - lr·λ)W - lr·scale·O`` with ``‖O‖₂ <= s`` takes a norm below ``s·scale/λ`` to one below it, and one
+    above to a smaller one, for ``lr·λ <= 1``. So the bound holds from any moment on, with the norm at that moment for
+    ``‖W₀‖₂``: the first measurement, also of a resumed run. λ may change: the smallest so far counts. Without weight
+    decay there is no bound.
+    """
+
+    def __init__(self) -> None:
+        self._bounds: dict[tuple[str, int], float] = {}
+
+    def exceeded(self, measured: Measured, sigma: Tensor, tolerance: float) -> tuple[int, float, float] | None:
+        """Take in a measurement.
+
+        Args:
+            measured: The parameter.
+            sigma: The singular values of its matrices, one matrix after the other.
+            tolerance: By which factor a norm may be above its bound.
+
+        Returns:
+            Number, norm and bound of the matrix that is farthest above its bound; ``None`` if none is.
+        """
+        decay = measured.group["weight_decay"]
+        highest = highest_output(measured.group)
+        worst: tuple[int, float, float] | None = None
+        for number, part in enumerate(torch.split(sigma, measured.ranks)):
+            norm = part.max().item()
+            limit = highest * _scale(measured, number) / decay if decay > 0 else math.inf
+            bound = max(limit, self._bounds.get((measured.name, number), norm))
+            self._bounds[measured.name, number] = bound
+            if not norm <= tolerance * bound and (worst is None or norm / bound > worst[1] / worst[2]):
+                worst = number, norm, bound
+        return worst

@@ -1,0 +1,194 @@
+"""What of the measured is trouble: the thresholds, and what to do about it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lightning_muon.monitoring.alarms import Finding
+from lightning_muon.monitoring.bounds import WeightBounds, full_update, highest_output
+from lightning_muon.monitoring.families import Source
+from lightning_muon.monitoring.iteration import alignments, outcomes, residuals
+from lightning_muon.monitoring.sources import Measured, update_squares, weight_singular_values
+
+__all__ = ["Judge", "judges"]
+
+# what rounding may add to a residual and to an update
+_TOLERANCE = 1.1
+# of an update with all directions at 1; a quarter of the directions gives this much
+_LEAST_UPDATE = 0.5
+_PATIENCE = 3
+# share of the directions that fail, from which on the median is one of them
+_MEDIAN = 0.5
+# what rounding may add to a bound on weights
+_BOUND_TOLERANCE = 1.02
+
+
+@dataclass(frozen=True)
+class Judge:
+    """One alarm.
+
+    Attributes:
+        kind: Its name in ``muon/alarms/<kind>``.
+        family: It is judged where this is logged.
+        source: What it looks at, which the family looks at as well.
+        trouble: From a parameter and its vector to what is wrong; empty if all is well, ``None`` if there is nothing to
+            judge.
+        patience: In how many measurements in a row it must be found: the first steps of a training have a momentum of
+            low rank.
+    """
+
+    kind: str
+    family: str
+    source: Source
+    trouble: Callable[[Measured, Tensor], str | None]
+    patience: int = 1
+
+    def finding(self, measured: Measured, vector: Tensor) -> Finding | None:
+        """What it has to say of a parameter that Muon trains."""
+        if measured.group["algorithm"] != "muon" or not vector.numel():
+            return None
+        trouble = self.trouble(measured, vector)
+        return None if trouble is None else Finding(self.kind, measured.name, trouble or None, self.patience)
+
+
+def judges(bounds: WeightBounds) -> Sequence[Judge]:
+    """All alarms on weights and updates.
+
+    Args:
+        bounds: What is known of the weights so far; each judgement adds to it.
+    """
+
+    def weight(measured: Measured, sigma: Tensor) -> str | None:
+        return _weight_norm(measured, bounds.exceeded(measured, sigma, _BOUND_TOLERANCE))
+
+    return (
+        Judge("ns_residual", "ns_residual", residuals, _residual),
+        Judge("update_above_band", "update_rms", update_squares, _update_above),
+        Judge("update_below_band", "update_rms", update_squares, _update_below, _PATIENCE),
+        Judge("failure_zone", "ns_fail_frac", outcomes, _failure_zone, _PATIENCE),
+        Judge("moves_without_gradient", "update_gradient_cosine", alignments, _moves_without_gradient),
+        Judge("weight_norm", "weight_spectral_norm", weight_singular_values, weight),
+    )
+
+
+def _rows(measured: Measured, table: Tensor) -> Mapping[int, list[float]]:
+    """Of the matrices that took part in the step."""
+    rows = table.reshape(len(measured.ranks), -1).tolist()
+    return {number: row for number, row in enumerate(rows) if row[-1]}
+
+
+def _which(measured: Measured, number: int) -> str:
+    return f"matrix {number} of {len(measured.ranks)}: " if len(measured.ranks) > 1 else ""
+
+
+def _residual(measured: Measured, table: Tensor) -> str | None:
+    """Newton–Schulz has left its range."""
+    rows = _rows(measured, table)
+    if not rows:
+        return None
+    broken = {n: row for n, row in rows.items() if not row[0] <= _TOLERANCE * row[1]}  # NaN is not
+    if not broken:
+        return ""
+    number = max(broken, key=lambda n: broken[n][0] / broken[n][1] if math.isfinite(broken[n][0]) else math.inf)
+    residual, promise, *_ = broken[number]
+    return (
+        f"{_which(measured, number)}before the last step of Newton–Schulz the residual ‖XXᵀ-I‖_F/√rank is"
+        f" {residual:.4g}, and its polynomial sequence allows {promise:.4g} at most: rounding has carried singular"
+        " values out of the range that it is made for, and the update is not to be trusted. Give Muon"
+        " orthogonalization_dtype=torch.float32, or a sequence with more head-room, such as"
+        " orthogonalization={'name': 'polar_express', 'steps': 5, 'lower': 1e-3, 'safety': 1.05}."
+    )
+
+
+def _update_above(measured: Measured, squares: Tensor) -> str | None:
+    """The update is larger than the coefficients can make it."""
+    sizes = _relative_sizes(measured, squares)
+    if not sizes:
+        return None
+    highest = highest_output(measured.group)
+    large = {number: size for number, size in sizes.items() if not size <= _TOLERANCE * highest}  # NaN is not
+    if not large:
+        return ""
+    number = max(large, key=lambda n: large[n] if math.isfinite(large[n]) else math.inf)
+    return (
+        f"{_which(measured, number)}the update's RMS is {large[number] * full_update(measured, number):.4g},"
+        f" {large[number]:.3g} times that of an orthogonal matrix, and the polynomial sequence allows {highest:.3g}"
+        " times: rounding has carried singular values out of its range. Give Muon"
+        " orthogonalization_dtype=torch.float32, or a sequence with more head-room."
+    )
+
+
+def _update_below(measured: Measured, squares: Tensor) -> str | None:
+    """Most directions are missing from the update."""
+    sizes = _relative_sizes(measured, squares)
+    if not sizes:
+        return None
+    number = min(sizes, key=lambda n: sizes[n])
+    if not sizes[number] < _LEAST_UPDATE:
+        return ""
+    return (
+        f"{_which(measured, number)}the update's RMS is {sizes[number] * full_update(measured, number):.4g},"
+        f" {sizes[number]:.0%} of that of an orthogonal matrix, and has been that small for {_PATIENCE} measurements:"
+        " three quarters of the momentum's directions or more are missing. Either the gradient has a low rank (few"
+        " tokens, a dead input), or the iteration is too short for its spectrum: MomentumSpectrumMonitor tells"
+        " (muon/momentum_q50, muon/ns_fail_frac); orthogonalization='auto' or 'polar_express8' lifts more."
+    )
+
+
+def _relative_sizes(measured: Measured, squares: Tensor) -> dict[int, float]:
+    """The RMS of the matrices' updates, as far as they moved, in units of one with all singular values at 1."""
+    found = enumerate(zip(squares.tolist(), measured.numels, strict=True))
+    return {
+        number: math.sqrt(square / numel) / full_update(measured, number)
+        for number, (square, numel) in found
+        if square != 0
+    }
+
+
+def _failure_zone(measured: Measured, table: Tensor) -> str | None:
+    """The median direction is all but missing from the update."""
+    rows = _rows(measured, table)
+    if not rows:
+        return None
+    number = max(rows, key=lambda n: rows[n][0])
+    share = rows[number][0]
+    if share < _MEDIAN:
+        return ""
+    return (
+        f"{_which(measured, number)}{share:.0%} of the momentum's singular values end below 0.1, the median among them:"
+        " the iteration is too short for this spectrum. Give these layers orthogonalization='auto' or"
+        " 'polar_express8'; `lightning-muon advise` on these logs says how many steps they need. If the gradient has"
+        " a low rank by nature, as of a router with few experts' tokens, nothing is lost."
+    )
+
+
+def _moves_without_gradient(measured: Measured, table: Tensor) -> str | None:
+    """A starved expert: Newton–Schulz gives what is left of its momentum full size."""
+    rows = _rows(measured, table)
+    if not rows:
+        return None
+    moving = [number for number, row in rows.items() if row[0] == 0 and row[3] > 0]
+    if not moving:
+        return ""
+    which = ", ".join(map(str, moving[:5])) + (", …" if len(moving) > 5 else "")
+    return (
+        f"matrices {which} of {len(measured.ranks)} got a gradient of zeros and moved all the same, as far as ever, in"
+        " the direction of old gradients: Newton–Schulz gives every momentum full size. For experts without tokens use"
+        " Muon(idle_matrices='skip')."
+    )
+
+
+def _weight_norm(measured: Measured, exceeded: tuple[int, float, float] | None) -> str:
+    if exceeded is None:
+        return ""
+    number, norm, bound = exceeded
+    return (
+        f"{_which(measured, number)}the weight's largest singular value is {norm:.4g}, above the"
+        f" {bound:.4g} that weight decay and the size of the updates allow, ‖W‖₂ <= max(‖W₀‖₂, s·scale/λ): it was"
+        " changed by something else than the optimizer's steps, or its updates are larger than their coefficients"
+        " promise (muon/update_rms, muon/ns_residual)."
+    )
