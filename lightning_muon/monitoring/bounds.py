@@ -13,7 +13,7 @@ from lightning_muon.monitoring.sources import Measured
 from lightning_muon.orthogonalize import auto_settings, nominal_sequence
 from lightning_muon.updates import update_scale
 
-__all__ = ["WeightBounds", "full_update", "highest_output"]
+__all__ = ["WeightBounds", "full_update", "highest_output", "is_exact"]
 
 
 def highest_output(group: Mapping[str, Any]) -> float:
@@ -21,6 +21,11 @@ def highest_output(group: Mapping[str, Any]) -> float:
     auto, sequence = auto_settings(group["orthogonalization"]), nominal_sequence(group["orthogonalization"])
     nominal = 1.0 if sequence is None else sequence.highest()[-1]
     return nominal if auto is None else max(nominal, 1 + auto.band)
+
+
+def is_exact(group: Mapping[str, Any]) -> bool:
+    """Whether the group's updates are exact polar factors, of which nothing is promised but the rank."""
+    return auto_settings(group["orthogonalization"]) is None and nominal_sequence(group["orthogonalization"]) is None
 
 
 def full_update(measured: Measured, number: int) -> float:

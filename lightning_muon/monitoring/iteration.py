@@ -18,6 +18,7 @@ from lightning_muon.monitoring.measures import (
     lifted,
     orthogonality_error,
     promised_residual,
+    quantile,
 )
 from lightning_muon.monitoring.sources import Measured
 from lightning_muon.monitoring.subject import Subject
@@ -40,8 +41,8 @@ def momentum_singular_values(optimizer: Subject, wanted: Sequence[Measured]) -> 
 
 
 def outcomes(optimizer: Subject, wanted: Sequence[Measured]) -> list[Tensor]:
-    """``(share of σ that fail, share of the descent that is kept, distance from orthogonal, 1)`` per matrix, of the
-    watched spectra."""
+    """``(share of σ that fail, share of the descent that is kept, distance from orthogonal, median σ, 1)`` per matrix,
+    of the watched spectra."""
     sequences = {key: record.sequence for record in optimizer.update_records for key in record.keys}
     found: dict[MatrixKey, tuple[float | Tensor, ...]] = {}
     for measured in wanted:
@@ -50,8 +51,13 @@ def outcomes(optimizer: Subject, wanted: Sequence[Measured]) -> list[Tensor]:
             if key in optimizer.momentum_spectra:
                 sigma = optimizer.momentum_spectra[key]
                 outputs = lifted(sigma, sequences[key], _tolerance(measured, shape, sequences[key]))
-                found[key] = (fail_fraction(outputs), descent_kept(sigma, outputs), orthogonality_error(outputs))
-    return _tables(wanted, found, 3)
+                found[key] = (
+                    fail_fraction(outputs),
+                    descent_kept(sigma, outputs),
+                    orthogonality_error(outputs),
+                    quantile(sigma, 50),
+                )
+    return _tables(wanted, found, 4)
 
 
 def residuals(optimizer: Subject, wanted: Sequence[Measured]) -> list[Tensor]:

@@ -6,13 +6,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lightning_muon.monitoring.alarms import Finding
-from lightning_muon.monitoring.bounds import WeightBounds, full_update, highest_output
+from lightning_muon.monitoring.bounds import WeightBounds, full_update, highest_output, is_exact
 from lightning_muon.monitoring.families import Source
 from lightning_muon.monitoring.iteration import alignments, outcomes, residuals
 from lightning_muon.monitoring.sources import Measured, update_squares, weight_singular_values
+from lightning_muon.orthogonalize import noise_floor
 
 __all__ = ["Judge", "judges"]
 
@@ -150,19 +152,19 @@ def _relative_sizes(measured: Measured, squares: Tensor) -> dict[int, float]:
 
 
 def _failure_zone(measured: Measured, table: Tensor) -> str | None:
-    """The median direction is all but missing from the update."""
+    """The median direction is all but missing from the update, and is more than what rounding leaves of none."""
     rows = _rows(measured, table)
-    if not rows:
+    if not rows or is_exact(measured.group):
         return None
-    number = max(rows, key=lambda n: rows[n][0])
-    share = rows[number][0]
-    if share < _MEDIAN:
+    liftable = {n: row for n, row in rows.items() if row[3] > noise_floor(*measured.shapes[n], torch.float32)}
+    number = max(liftable, key=lambda n: liftable[n][0], default=None)
+    if number is None or liftable[number][0] < _MEDIAN:
         return ""
+    share = liftable[number][0]
     return (
         f"{_which(measured, number)}{share:.0%} of the momentum's singular values end below 0.1, the median among them:"
         " the iteration is too short for this spectrum. Give these layers orthogonalization='auto' or"
-        " 'polar_express8'; `lightning-muon advise` on these logs says how many steps they need. If the gradient has"
-        " a low rank by nature, as of a router with few experts' tokens, nothing is lost."
+        " 'polar_express8'; `lightning-muon advise` on these logs says how many steps they need."
     )
 
 
