@@ -7,6 +7,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 import lightning_muon as lm
+from lightning_muon.names import canonical_name
 from tests.integration.test_monitors import events
 from tests.lightning_runs import AwkwardLightningModule, trainer
 from tests.processes import run_processes
@@ -123,6 +124,27 @@ def test_several_processes(tmp_path, expected, strategy, world_size):
 
 def test_replicas_of_shards(tmp_path, expected):
     run_processes(4, _train, str(tmp_path), lm.MuonFSDPStrategy(num_replicas=2))
+    check(tmp_path, expected[0])
+
+
+class Compiled(Recorded):
+    """Its submodule is compiled, so that its parameters' names have ``_orig_mod`` in them."""
+
+    def configure_model(self):
+        if not hasattr(self.model, "_orig_mod"):
+            self.model = torch.compile(self.model, backend="eager")
+
+    def on_before_optimizer_step(self, optimizer):
+        super().on_before_optimizer_step(optimizer)
+        self.before[-1] = {canonical_name(name): value for name, value in self.before[-1].items()}
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        self.after[-1] = {canonical_name(name): value for name, value in self.after[-1].items()}
+
+
+def test_compiled_modules_keep_their_names(tmp_path, expected):
+    train(tmp_path, accelerator="cpu", kind=Compiled)
     check(tmp_path, expected[0])
 
 

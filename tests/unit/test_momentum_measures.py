@@ -7,12 +7,16 @@ import pytest
 import torch
 
 from lightning_muon.monitoring.measures import (
+    cosine,
     descent_kept,
     fail_fraction,
     lifted,
+    nuclear_rank,
+    orthogonality_error,
     participation_rank,
     promised_residual,
     quantile,
+    scaled_quantile,
     spike,
 )
 from lightning_muon.orthogonalize import (
@@ -98,10 +102,36 @@ def test_share_that_fails_and_descent_that_is_kept(name):
     assert kept == pytest.approx(inner.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("name", available_sequences())
+def test_distance_from_orthogonal(name):
+    x = matrix(30, 40, decay=0.2)
+    _, sigma = spectrum(x)
+    factor = orthogonalize(x, name)
+    expected = torch.linalg.matrix_norm(factor @ factor.mT - torch.eye(30)).item() / 30**0.5
+    found = orthogonality_error(lifted(sigma, polynomial_sequence(name), 1e-12)).item()
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_ranks_count_directions():
+    equal = torch.full((9,), 0.4, dtype=torch.float64)
+    assert nuclear_rank(equal).item() == pytest.approx(9)
+    assert scaled_quantile(equal / 1.2, 50).item() == pytest.approx(1)  # 1.2 is its Frobenius norm
+    x = matrix(12, 20, decay=0.5)
+    nuclear, frobenius = torch.linalg.matrix_norm(x, "nuc"), torch.linalg.matrix_norm(x)
+    assert nuclear_rank(spectrum(x)[1]).item() == pytest.approx(((nuclear / frobenius) ** 2).item(), rel=1e-6)
+
+
+def test_cosine():
+    assert cosine(-6.0, 4.0, 9.0) == -1.0
+    assert cosine(0.0, 0.0, 9.0) == 0.0
+
+
 def test_nothing_of_a_zero_matrix_and_nan_of_nan():
     zero, nan = torch.zeros(3, dtype=torch.float64), torch.full((3,), torch.nan)
     assert participation_rank(zero).item() == 0
     assert spike(zero).item() == 0
+    assert nuclear_rank(zero).item() == 0
+    assert orthogonality_error(zero).item() == 1
     assert descent_kept(zero, zero).item() == 0
     assert lifted(zero, SEQUENCES[-1]).tolist() == [0, 0, 0]
     assert math.isnan(fail_fraction(lifted(nan, SEQUENCES[0])).item())

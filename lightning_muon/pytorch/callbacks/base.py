@@ -28,7 +28,8 @@ class Monitor(Callback):
 
     All monitors of a trainer that are due at the same step are served by the first of them: one look at the momentum
     on its way through the step, one sum over the processes per optimizer, one ``log_metrics`` per logger. Names are
-    those of the parameters in the LightningModule.
+    those of the parameters in the LightningModule. What is trouble in it is a warning where it begins, and
+    ``muon/alarms/<kind>`` counts it.
     Where a sharded strategy clips by norm, the norm before clipping is logged as well: ``muon/grad_norm``, and of
     either algorithm's parameters ``muon/grad_norm_muon``, ``muon/grad_norm_adamw``.
 

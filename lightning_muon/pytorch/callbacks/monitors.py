@@ -29,14 +29,16 @@ class UpdateRMSMonitor(Monitor):
     | key | meaning | unit | cost |
     |---|---|---|---|
     | `muon/update_rms/<name>` | `√mean(u²)` of `W ← W - lr·(u + λW)` | 1 | none; AdamW: a pass over its state |
+    | `muon/update_weight_ratio/<name>` | `lr·‖u‖_F/‖W‖_F` | 1 | a pass over the weights |
     | `muon/ns_residual/<name>` | `‖XXᵀ-I‖_F/√rank` before the last Newton–Schulz step | 1 | a copy of `XXᵀ` |
 
     Muon with ``scale="match_rms_adamw"`` aims at 0.2; a momentum of low rank, or a sequence that stops short of 1,
     stays below. Far below means that most directions of the momentum are not lifted. Every parameter, every
-    ``log_every_n_steps`` steps. Aggregates over the parameters: ``_min``, ``_mean``, ``_max``.
+    ``log_every_n_steps`` steps. Aggregates over the parameters: ``_min``, ``_mean``, ``_max``. Other optimizers of
+    torch are seen by the difference of the weights.
 
-    A residual that is more than 10 % above what the polynomial sequence allows, or not finite, is a warning, once for
-    each parameter: rounding has carried singular values out of the range that the sequence is made for.
+    Alarms: a residual more than 10 % above what the polynomial sequence allows, or not finite; an update more than 10 %
+    larger than it allows, or less than half of an orthogonal one in three measurements in a row.
     """
 
     families: ClassVar[tuple[str, ...]] = ("update_rms", "update_weight_ratio", "ns_residual")
@@ -51,7 +53,8 @@ class WeightNormMonitor(Monitor):
     | `muon/weight_spectral_norm/<name>` | largest singular value | of the weight | `eigvalsh(WWᵀ)`, float64 |
 
     Every parameter (its matrices, for the spectral norm), every ``log_every_n_steps`` steps. Under weight decay both
-    should level off; without it they grow (Moonlight, arXiv 2502.16982, §2.2).
+    should level off; without it they grow (Moonlight, arXiv 2502.16982, §2.2). Alarm: a spectral norm above what weight
+    decay and the size of the updates allow.
     """
 
     families: ClassVar[tuple[str, ...]] = ("weight_rms", "weight_spectral_norm")
@@ -94,18 +97,23 @@ class MomentumSpectrumMonitor(Monitor):
     | key | meaning | range |
     |---|---|---|
     | `muon/momentum_q10/<name>`, q25, q50, q75, q90, q95 | σ at rank `⌈q·r⌉`: q10 is large, q95 small | 0 … 1 |
+    | `muon/momentum_scaled_q10/<name>`, q25, q50, q75, q90 | the same times √r | 0 … √r |
     | `muon/momentum_participation_rank/<name>` | `(Σσ²)²/Σσ⁴` | 1 … r |
+    | `muon/momentum_nuclear_rank/<name>` | `(Σσ)²/Σσ²` | 1 … r |
     | `muon/momentum_spike/<name>` | `σ₁²` | 1/r … 1 |
     | `muon/ns_fail_frac/<name>` | share of the σ with f(σ) < 0.1 | 0 … 1 |
     | `muon/ns_descent_kept/<name>` | `Σσf(σ)/Σσ`: descent along N, in units of the exact polar factor's | about 1 |
+    | `muon/ns_orthogonality_error/<name>` | `√mean((f(σ)²-1)²)` | 0 … |
     | `muon/ns_residual/<name>` | `‖XXᵀ-I‖_F/√r` before the last step, as computed | 0 … |
     | `muon/ns_steps/<name>` | number of steps; `orthogonalization="auto"` changes it | |
+    | `muon/gradient_momentum_cosine/<name>` | of the gradient and the momentum after the step | -1 … 1 |
+    | `muon/update_gradient_cosine/<name>` | of the update and the gradient; above 0 is descent | -1 … 1 |
     | `muon/momentum_singular_values/<name>` | histogram of log₁₀ σ (TensorBoard only) | -8 … 0 |
 
     The parameters that Muon trains, every 200 steps; of a parameter of several matrices, those that took part in the
     step. The step is told before (``Muon.watch_next_step``), and the owner of a matrix computes its σ on the way:
     `eigvalsh(NNᵀ)` in float64. A step that is skipped logs none of these keys. Training is the same with and
-    without.
+    without. Alarms: the median σ fails; a matrix with a gradient of zeros moves.
 
     When training starts, process 0 writes ``muon_model.json`` beside the logs (into ``default_root_dir`` if no logger
     has a folder): the size of the model and its matrices, which ``lightning-muon advise`` and ``fit`` need.
