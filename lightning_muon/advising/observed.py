@@ -56,7 +56,7 @@ def observe(folder: str | Path, percent: int, include: str | None = None, exclud
         LogError: There is no such run, or there are several; or a file cannot be read.
     """
     logged = {run: read_scalars(run, (_PREFIX, _STEPS)) for run in find_runs([folder])}
-    found = [run for run, scalars in logged.items() if any(key.startswith(_PREFIX) for key in scalars)]
+    found = [run for run, scalars in logged.items() if any(key.startswith(f"{_PREFIX}q") for key in scalars)]
     runs = [run for n, run in enumerate(found) if not any(_same(logged[run], logged[one]) for one in found[:n])]
     if len(runs) != 1:
         raise LogError(

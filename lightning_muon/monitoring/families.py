@@ -15,12 +15,12 @@ from lightning_muon.monitoring.iteration import (
     iteration_steps,
     momentum_singular_values,
     outcomes,
+    participation_ranks,
     residuals,
 )
 from lightning_muon.monitoring.measures import (
     cosine,
     nuclear_rank,
-    participation_rank,
     quantile,
     rms,
     scaled_quantile,
@@ -142,7 +142,7 @@ FAMILIES = {
         )
         for percent in _QUANTILES
     },
-    "momentum_participation_rank": Family((momentum_singular_values,), _of_momentum(participation_rank)),
+    "momentum_participation_rank": Family((participation_ranks,), _column(0)),
     "momentum_nuclear_rank": Family((momentum_singular_values,), _of_momentum(nuclear_rank)),
     "momentum_spike": Family((momentum_singular_values,), _of_momentum(spike)),
     "ns_fail_frac": Family((outcomes,), _column(0)),
@@ -165,7 +165,7 @@ OF_SPECTRA = _that_need(momentum_singular_values, outcomes)
 OF_ALIGNMENTS = _that_need(alignments)
 """What needs ``Muon.watch_next_step(alignments=True)``."""
 
-WATCHED = OF_SPECTRA | OF_ALIGNMENTS | _that_need(residuals)
+WATCHED = OF_SPECTRA | OF_ALIGNMENTS | _that_need(residuals, participation_ranks)
 """What needs ``Muon.watch_next_step``."""
 
 OF_UPDATES = _that_need(update_squares)

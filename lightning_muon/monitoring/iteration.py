@@ -17,6 +17,7 @@ from lightning_muon.monitoring.measures import (
     fail_fraction,
     lifted,
     orthogonality_error,
+    participation_rank,
     promised_residual,
     quantile,
 )
@@ -24,7 +25,7 @@ from lightning_muon.monitoring.sources import Measured
 from lightning_muon.monitoring.subject import Subject
 from lightning_muon.orthogonalize import PolynomialSequence, rank_tolerance
 
-__all__ = ["alignments", "iteration_steps", "momentum_singular_values", "outcomes", "residuals"]
+__all__ = ["alignments", "iteration_steps", "momentum_singular_values", "outcomes", "participation_ranks", "residuals"]
 
 
 def momentum_singular_values(optimizer: Subject, wanted: Sequence[Measured]) -> list[Tensor]:
@@ -68,6 +69,19 @@ def residuals(optimizer: Subject, wanted: Sequence[Measured]) -> list[Tensor]:
             promise = promised_residual(record.sequence)
             found |= {key: (value, promise) for key, value in zip(record.keys, record.residuals, strict=True)}
     return _tables(wanted, found, 2)
+
+
+def participation_ranks(optimizer: Subject, wanted: Sequence[Measured]) -> list[Tensor]:
+    """``((Σσ²)²/Σσ⁴ of what was orthogonalised, 1)`` per matrix: of its watched spectrum, where there is one, else of
+    the iteration's first ``XXᵀ``, in the iteration's precision."""
+    found: dict[MatrixKey, tuple[float | Tensor, ...]] = {}
+    for record in optimizer.update_records if optimizer.watch.last is not None else ():
+        if record.participation_ranks is not None:
+            found |= {key: (value,) for key, value in zip(record.keys, record.participation_ranks, strict=True)}
+    spectra = optimizer.momentum_spectra
+    known = ((measured.key, number) for measured in wanted for number in range(len(measured.ranks)))
+    found |= {key: (participation_rank(spectra[key]),) for key in known if key in spectra and spectra[key].any()}
+    return _tables(wanted, found, 1)
 
 
 def alignments(optimizer: Subject, wanted: Sequence[Measured]) -> list[Tensor]:

@@ -294,6 +294,7 @@ def test_code_keeps_the_routes_of_the_module():
         scope["param_groups"](nn.Linear(2, 2))
 
 
+@pytest.mark.filterwarnings("ignore:.*end below 0.1")  # a toy with few directions
 def test_from_a_run_to_the_optimizer(tmp_path, capsys):
     logger = TensorBoardLogger(tmp_path, name="tb", version="")
     monitor = lm.MomentumSpectrumMonitor(every_n_steps=1, exclude="one_")

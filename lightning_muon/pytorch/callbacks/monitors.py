@@ -30,6 +30,7 @@ class UpdateRMSMonitor(Monitor):
     |---|---|---|---|
     | `muon/update_rms/<name>` | `√mean(u²)` of `W ← W - lr·(u + λW)` | 1 | none; AdamW: a pass over its state |
     | `muon/update_weight_ratio/<name>` | `lr·‖u‖_F/‖W‖_F` | 1 | a pass over the weights |
+    | `muon/momentum_participation_rank/<name>` | `(Σσ²)²/Σσ⁴` of what is orthogonalised | 1 … r | two norms of `XXᵀ` |
     | `muon/ns_residual/<name>` | `‖XXᵀ-I‖_F/√rank` before the last Newton–Schulz step | 1 | a copy of `XXᵀ` |
 
     Muon with ``scale="match_rms_adamw"`` aims at 0.2; a momentum of low rank, or a sequence that stops short of 1,
@@ -41,7 +42,12 @@ class UpdateRMSMonitor(Monitor):
     larger than it allows, or less than half of an orthogonal one in three measurements in a row.
     """
 
-    families: ClassVar[tuple[str, ...]] = ("update_rms", "update_weight_ratio", "ns_residual")
+    families: ClassVar[tuple[str, ...]] = (
+        "update_rms",
+        "update_weight_ratio",
+        "momentum_participation_rank",
+        "ns_residual",
+    )
 
 
 class WeightNormMonitor(Monitor):
