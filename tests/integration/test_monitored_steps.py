@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 import lightning_muon as lm
 from lightning_muon.names import canonical_name
 from tests.integration.test_monitors import events
-from tests.lightning_runs import AwkwardLightningModule, trainer
+from tests.lightning_runs import AwkwardLightningModule, trainer, weights
 from tests.processes import run_processes
 
 STEPS, EVERY = 4, 2
@@ -205,3 +205,20 @@ def test_a_logger_that_fails_ends_nobody(tmp_path):
     results = run_processes(2, train_with_a_broken_logger, str(tmp_path))
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
     assert set(events(tmp_path)[0]["muon/update_rms/_mean"]) == {1, 2, 3, 4}  # the other logger has everything
+
+
+def final_weights(folder, strategy, optimizer=None, is_watched=True):
+    monitors = (lm.UpdateRMSMonitor, lm.WeightNormMonitor, lm.SpectrumMonitor)
+    monitors += () if optimizer else (lm.MomentumSpectrumMonitor,)
+    module = AwkwardLightningModule(optimizer=optimizer)
+    callbacks = [one(every_n_steps=2) for one in monitors] if is_watched else []
+    trainer(STEPS, strategy, logger=CSVLogger(folder), callbacks=callbacks).fit(module)
+    return weights(module)
+
+
+@pytest.mark.parametrize(("strategy", "optimizer"), [("muon_zero1", None), ("muon_fsdp", None), ("ddp", adamw)])
+def test_training_is_bitwise_the_same(tmp_path, strategy, optimizer):
+    watched = run_processes(2, final_weights, str(tmp_path), strategy, optimizer, True)
+    unwatched = run_processes(2, final_weights, str(tmp_path), strategy, optimizer, False)
+    for one, other in zip(watched, unwatched, strict=True):
+        assert all(torch.equal(weight, other[name]) for name, weight in one.items())

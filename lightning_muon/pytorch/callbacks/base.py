@@ -102,6 +102,8 @@ class Monitor(Callback):
         # where the batch ends, every other optimizer may have stepped as well
         steps = range(trainer.global_step + 1, trainer.global_step + 1 + len(trainer.optimizers))
         due = [monitor.request for monitor in monitors if any(monitor.is_due(trainer, step) for step in steps)]
+        if not due:
+            return
         names = parameter_names(pl_module)
         if isinstance(subject, ObservedOptimizer):
             asking = [request for request in due if request.has_updates]
