@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_muon.monitoring.sources import Measured
@@ -53,12 +52,12 @@ class WeightBounds:
     def __init__(self) -> None:
         self._bounds: dict[tuple[str, int], float] = {}
 
-    def exceeded(self, measured: Measured, sigma: Tensor, tolerance: float) -> tuple[int, float, float] | None:
+    def exceeded(self, measured: Measured, norms: Tensor, tolerance: float) -> tuple[int, float, float] | None:
         """Take in a measurement.
 
         Args:
             measured: The parameter.
-            sigma: The singular values of its matrices, one matrix after the other.
+            norms: The largest singular value of each of its matrices.
             tolerance: By which factor a norm may be above its bound.
 
         Returns:
@@ -67,8 +66,7 @@ class WeightBounds:
         decay = measured.group["weight_decay"]
         highest = highest_output(measured.group)
         worst: tuple[int, float, float] | None = None
-        for number, part in enumerate(torch.split(sigma, measured.ranks)):
-            norm = part.max().item()
+        for number, norm in enumerate(norms.tolist()):
             limit = highest * _scale(measured, number) / decay if decay > 0 else math.inf
             bound = max(limit, self._bounds.get((measured.name, number), norm))
             self._bounds[measured.name, number] = bound

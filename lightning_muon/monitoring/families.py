@@ -24,12 +24,17 @@ from lightning_muon.monitoring.measures import (
     quantile,
     rms,
     scaled_quantile,
-    spectral_norm,
     spike,
     stable_rank,
     svd_entropy,
 )
-from lightning_muon.monitoring.sources import Measured, update_squares, weight_singular_values, weight_squares
+from lightning_muon.monitoring.sources import (
+    Measured,
+    update_squares,
+    weight_singular_values,
+    weight_spectral_norms,
+    weight_squares,
+)
 from lightning_muon.monitoring.subject import Subject
 
 __all__ = ["FAMILIES", "OF_ALIGNMENTS", "OF_SPECTRA", "OF_UPDATES", "WATCHED", "Family", "Source", "Values"]
@@ -87,6 +92,10 @@ def _of_spectrum(function: Callable[[Tensor], Tensor]) -> Callable[[Measured, Te
     return summarize
 
 
+def _of_matrices(measured: Measured, values: Tensor) -> Values | None:
+    return _median(dict(enumerate(values.tolist())))
+
+
 def _of_momentum(function: Callable[[Tensor], Tensor]) -> Callable[[Measured, Tensor], Values | None]:
     """The same, for the matrices that took part in the step: no normalised spectrum is all zeros."""
 
@@ -129,7 +138,7 @@ FAMILIES = {
     "update_rms": Family((update_squares,), _rms),
     "update_weight_ratio": Family((update_squares, weight_squares), _update_weight_ratio),
     "weight_rms": Family((weight_squares,), _rms),
-    "weight_spectral_norm": Family((weight_singular_values,), _of_spectrum(spectral_norm)),
+    "weight_spectral_norm": Family((weight_spectral_norms,), _of_matrices),
     "weight_stable_rank": Family((weight_singular_values,), _of_spectrum(stable_rank)),
     "weight_svd_entropy": Family((weight_singular_values,), _of_spectrum(svd_entropy)),
     **{

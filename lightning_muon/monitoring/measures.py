@@ -21,7 +21,6 @@ __all__ = [
     "quantile",
     "rms",
     "scaled_quantile",
-    "spectral_norm",
     "spike",
     "stable_rank",
     "svd_entropy",
@@ -34,11 +33,6 @@ _FAILED_BELOW = 0.1
 def rms(square_sum: float, numel: int) -> float:
     """Root mean square ``√(Σx²/n)`` from the sum of squares; the unit of ``x``."""
     return math.sqrt(square_sum / numel)
-
-
-def spectral_norm(sigma: Tensor) -> Tensor:
-    """σ₁, the largest singular value. ``(..., r)`` → ``(...)``."""
-    return sigma.amax(dim=-1)
 
 
 def stable_rank(sigma: Tensor) -> Tensor:

@@ -17,9 +17,16 @@ from torch import Tensor
 from lightning_muon.local import local
 from lightning_muon.matrices import MatrixKey, MatrixLayout
 from lightning_muon.monitoring.subject import Subject
-from lightning_muon.orthogonalize import singular_values
+from lightning_muon.orthogonalize import singular_values, spectral_norm
 
-__all__ = ["Measured", "measured_parameters", "update_squares", "weight_singular_values", "weight_squares"]
+__all__ = [
+    "Measured",
+    "measured_parameters",
+    "update_squares",
+    "weight_singular_values",
+    "weight_spectral_norms",
+    "weight_squares",
+]
 
 
 @dataclass(frozen=True)
@@ -143,6 +150,15 @@ def _own_views(optimizer: Subject, measured: Measured, flat: Tensor) -> Iterator
 
 def _is_stack(measured: Measured) -> bool:
     return len(measured.numels) > 1
+
+
+def weight_spectral_norms(optimizer: Subject, wanted: Sequence[Measured]) -> list[Tensor]:
+    """The largest singular value of each matrix; empty for a vector."""
+    vectors = [_zeros(measured, len(measured.ranks)) for measured in wanted]
+    targets = {measured.key: vector for measured, vector in zip(wanted, vectors, strict=True)}
+    for (name, number), matrix in optimizer.partition.deal(_with_matrices(wanted)):
+        targets[name][number] = spectral_norm(matrix)
+    return vectors
 
 
 def weight_singular_values(optimizer: Subject, wanted: Sequence[Measured]) -> list[Tensor]:

@@ -13,7 +13,7 @@ from lightning_muon.monitoring.alarms import Finding
 from lightning_muon.monitoring.bounds import WeightBounds, full_update, highest_output, is_exact
 from lightning_muon.monitoring.families import Source
 from lightning_muon.monitoring.iteration import alignments, outcomes, residuals
-from lightning_muon.monitoring.sources import Measured, update_squares, weight_singular_values
+from lightning_muon.monitoring.sources import Measured, update_squares, weight_spectral_norms
 from lightning_muon.orthogonalize import noise_floor
 
 __all__ = ["Judge", "judges"]
@@ -64,8 +64,8 @@ def judges(bounds: WeightBounds) -> Sequence[Judge]:
         bounds: What is known of the weights so far; each judgement adds to it.
     """
 
-    def weight(measured: Measured, sigma: Tensor) -> str | None:
-        return _weight_norm(measured, bounds.exceeded(measured, sigma, _BOUND_TOLERANCE))
+    def weight(measured: Measured, norms: Tensor) -> str | None:
+        return _weight_norm(measured, bounds.exceeded(measured, norms, _BOUND_TOLERANCE))
 
     return (
         Judge("ns_residual", "ns_residual", residuals, _residual),
@@ -73,7 +73,7 @@ def judges(bounds: WeightBounds) -> Sequence[Judge]:
         Judge("update_below_band", "update_rms", update_squares, _update_below, _PATIENCE),
         Judge("failure_zone", "ns_fail_frac", outcomes, _failure_zone, _PATIENCE),
         Judge("moves_without_gradient", "update_gradient_cosine", alignments, _moves_without_gradient),
-        Judge("weight_norm", "weight_spectral_norm", weight_singular_values, weight),
+        Judge("weight_norm", "weight_spectral_norm", weight_spectral_norms, weight),
     )
 
 

@@ -5,6 +5,7 @@ from lightning_muon.orthogonalize.call import orthogonalize, orthogonalize_batch
 from lightning_muon.orthogonalize.dispatch import default_dtype, default_dtype_of, orthogonalization_flops
 from lightning_muon.orthogonalize.exact import rank_tolerance
 from lightning_muon.orthogonalize.generator import polar_express
+from lightning_muon.orthogonalize.lanczos import spectral_norm
 from lightning_muon.orthogonalize.safety import check_range
 from lightning_muon.orthogonalize.sequence import PolynomialSequence
 from lightning_muon.orthogonalize.specification import (
@@ -41,4 +42,5 @@ __all__ = [
     "relative_singular_values",
     "same_orthogonalization",
     "singular_values",
+    "spectral_norm",
 ]

@@ -56,7 +56,7 @@ class WeightNormMonitor(Monitor):
     | key | meaning | unit | cost |
     |---|---|---|---|
     | `muon/weight_rms/<name>` | `√mean(w²)` | of the weight | a pass over the weights |
-    | `muon/weight_spectral_norm/<name>` | largest singular value | of the weight | `eigvalsh(WWᵀ)`, float64 |
+    | `muon/weight_spectral_norm/<name>` | largest singular value | of the weight | `orthogonalize.spectral_norm` |
 
     Every parameter (its matrices, for the spectral norm), every ``log_every_n_steps`` steps. Under weight decay both
     should level off; without it they grow (Moonlight, arXiv 2502.16982, §2.2). Alarm: a spectral norm above what weight
