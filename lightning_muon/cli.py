@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from lightning_muon.advising.command import add_advise
 from lightning_muon.planning.command import add_plan
+from lightning_muon.reporting.command import add_report
 from lightning_muon.scaling.command import add_fit
 from lightning_muon.usage import UsageError
 
@@ -28,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_plan(subcommands)
     add_fit(subcommands)
     add_advise(subcommands)
+    add_report(subcommands)
     options, unknown = parser.parse_known_args(arguments)
     if unknown:  # argparse by itself would show the usage of the command above
         subcommands.choices[options.command].error(f"unrecognized arguments: {' '.join(unknown)}")

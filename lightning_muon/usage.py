@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 
-__all__ = ["UsageError", "add_filters"]
+__all__ = ["UsageError", "add_filters", "pattern"]
 
 
 class UsageError(ValueError):
@@ -14,11 +14,12 @@ class UsageError(ValueError):
 
 def add_filters(parser: argparse.ArgumentParser) -> None:
     """Add ``--include`` and ``--exclude``, regular expressions over the names of parameters."""
-    parser.add_argument("--include", type=_pattern, metavar="REGEX", help="only parameters whose name matches")
-    parser.add_argument("--exclude", type=_pattern, metavar="REGEX", help="no parameter whose name matches")
+    parser.add_argument("--include", type=pattern, metavar="REGEX", help="only parameters whose name matches")
+    parser.add_argument("--exclude", type=pattern, metavar="REGEX", help="no parameter whose name matches")
 
 
-def _pattern(text: str) -> str:
+def pattern(text: str) -> str:
+    """The type of an argument that is a regular expression."""
     try:
         re.compile(text)
     except re.error as error:
