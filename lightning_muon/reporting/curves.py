@@ -68,7 +68,8 @@ def curves(title: str, section: str, caption: str, runs: Sequence[Run], pattern:
                 }
             )
     layout = base_layout(
-        340,
+        350,
+        margin={"l": 60, "r": 20, "t": 44, "b": 44},
         xaxis={"title": axis_title("optimizer step"), "zeroline": False},
         yaxis={"title": axis_title(y_title), "zeroline": False},
         hovermode="x unified",
