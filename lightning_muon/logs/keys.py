@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
-__all__ = ["own_keys"]
+__all__ = ["matrix_names", "own_keys"]
+
+# Logged of matrices and of nothing else.
+_OF_MATRICES = ("muon/weight_spectral_norm", "muon/weight_svd_entropy", "muon/momentum_q50")
 
 # Of the matrices of one parameter, beside its own value.
 _OF_PARTS = re.compile(r"\.(min|max|\d+)$")
@@ -31,3 +34,12 @@ def own_keys(keys: Iterable[str], family: str) -> dict[str, str]:
         for name, key in found.items()
         if not name.startswith("_") and not (_OF_PARTS.search(name) and _OF_PARTS.sub("", name) in found)
     }
+
+
+def matrix_names(keys: Collection[str]) -> frozenset[str]:
+    """The parameters that are known to be matrices by what was logged of them; empty where the keys do not tell.
+
+    Args:
+        keys: All that were logged.
+    """
+    return frozenset(name for family in _OF_MATRICES for name in own_keys(keys, family))

@@ -137,7 +137,7 @@ QUANTITIES = (
         "Directions that Newton–Schulz misses",
         "Newton–Schulz",
         "Share of the singular values with f(σ) < 0.1: directions that are all but missing from the update. Red rows"
-        " want more steps, or a sequence made for smaller σ: `lightning-muon advise` says which.",
+        " want more steps, or a sequence made for smaller σ: lightning-muon advise says which.",
         limits=(0, 0.5),
         is_bad_high=True,
         in_tensorboard=True,

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable
 
 from lightning_muon.logs import layers
-from lightning_muon.logs.keys import own_keys
+from lightning_muon.logs.keys import matrix_names, own_keys
 from lightning_muon.logs.rows import short_types
 from lightning_muon.reporting.catalogue import QUANTITIES
 
@@ -32,8 +32,8 @@ def custom_scalars_layout(keys: Collection[str]) -> Layout:
     Args:
         keys: All that are logged.
     """
-    titles = _NORMS | {one.family: one.title for one in QUANTITIES}
-    families = {family: own_keys(keys, family) for family in titles}
+    titles = _NORMS | {one.family: one.title for one in QUANTITIES if one.in_tensorboard}
+    matrices = matrix_names(keys)
     layout: Layout = {_OVERVIEW: {}}
     for family, title in titles.items():
         parts = [f"{family}/_{which}" for which in ("mean", "min", "max")]
@@ -44,8 +44,9 @@ def custom_scalars_layout(keys: Collection[str]) -> Layout:
     if spectra := _spectra(keys):
         layout[_SPECTRUM] = spectra
     for family, title in titles.items():
-        if families[family]:
-            layout[title] = _by_type(family, families[family])
+        names = own_keys(keys, family)
+        if names:  # of parameters, the matrices: vectors would be as many panels again
+            layout[title] = _by_type(family, matrices.intersection(names) or names)
     return {category: charts for category, charts in layout.items() if charts}
 
 

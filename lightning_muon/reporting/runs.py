@@ -19,14 +19,12 @@ from lightning_muon.logs import (
     find_runs,
     read_scalars,
 )
-from lightning_muon.logs.keys import own_keys
+from lightning_muon.logs.keys import matrix_names, own_keys
 
 __all__ = ["Run", "Runs", "read_runs"]
 
 # Two runs that agree so well are one run that was logged twice: TensorBoard keeps float32.
 _SAME = 1e-6
-# Which parameters are matrices can be told from these.
-_OF_MATRICES = ("muon/weight_spectral_norm", "muon/weight_svd_entropy", "muon/momentum_q50")
 _EVENTS_STARTED = re.compile(r"events\.out\.tfevents\.(\d{9,10})\.")
 
 
@@ -66,7 +64,7 @@ class Run:
     @cached_property
     def matrices(self) -> frozenset[str]:
         """Parameters that are matrices, as far as the logs tell."""
-        return frozenset(name for family in _OF_MATRICES for name in own_keys(self.scalars, family))
+        return matrix_names(self.scalars)
 
     @property
     def last_step(self) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.fabric.utilities import rank_zero_warn
 
 from lightning_muon.logs import Series
-from lightning_muon.logs.keys import own_keys
+from lightning_muon.logs.keys import matrix_names, own_keys
 from lightning_muon.logs.rows import arrange
 from lightning_muon.reporting.catalogue import QUANTITIES, Quantity
 from lightning_muon.reporting.grid import grid
@@ -58,9 +58,7 @@ class LayerPictures:
             for name, key in own_keys(values, quantity.family).items():
                 history.setdefault(name, {})[step] = values[key]
                 self._steps.add(step)
-        self._matrices |= own_keys(values, "muon/weight_spectral_norm").keys()
-        self._matrices |= own_keys(values, "muon/weight_svd_entropy").keys()
-        self._matrices |= own_keys(values, "muon/momentum_q50").keys()
+        self._matrices |= matrix_names(values)
         self._measurements += 1
         self._is_drawn = False
         if len(self._steps) >= 2 * _COLUMNS:
