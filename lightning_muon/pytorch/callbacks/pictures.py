@@ -7,19 +7,18 @@ from typing import Any
 
 from lightning.fabric.utilities import rank_zero_warn
 
-from lightning_muon.logs import Series
 from lightning_muon.logs.keys import matrix_names, own_keys
 from lightning_muon.logs.rows import arrange
 from lightning_muon.reporting.catalogue import QUANTITIES, Quantity
-from lightning_muon.reporting.grid import grid
+from lightning_muon.reporting.history import History
 from lightning_muon.reporting.image import heat_map_image
 from lightning_muon.reporting.layout import custom_scalars_layout
 
 __all__ = ["LayerPictures"]
 
 _FIRST_DRAWING = 16
-# Columns of a picture; twice as many are remembered before every second one is forgotten.
-_COLUMNS = 200
+# Of a picture, at most.
+_COLUMNS = 240
 
 
 class LayerPictures:
@@ -36,8 +35,7 @@ class LayerPictures:
 
     def __init__(self, max_rows: int = 120) -> None:
         self.max_rows = max_rows
-        self._history: dict[Quantity, dict[str, Series]] = {one: {} for one in QUANTITIES if one.in_tensorboard}
-        self._steps: set[int] = set()
+        self._history = {one: History(_COLUMNS) for one in QUANTITIES if one.in_tensorboard}
         self._keys: dict[str, None] = {}
         self._is_layout_new = False
         self._matrices: set[str] = set()
@@ -55,14 +53,10 @@ class LayerPictures:
         self._is_layout_new |= not self._keys.keys() >= values.keys()
         self._keys.update(dict.fromkeys(values))
         for quantity, history in self._history.items():
-            for name, key in own_keys(values, quantity.family).items():
-                history.setdefault(name, {})[step] = values[key]
-                self._steps.add(step)
+            history.add(step, {name: values[key] for name, key in own_keys(values, quantity.family).items()})
         self._matrices |= matrix_names(values)
         self._measurements += 1
         self._is_drawn = False
-        if len(self._steps) >= 2 * _COLUMNS:
-            self._forget(set(sorted(self._steps)[1::2]))
 
     def draw(self, writers: Sequence[Any], step: int) -> None:
         """Write what is due.
@@ -94,12 +88,12 @@ class LayerPictures:
         if self._is_drawn or self._cannot_draw or not writers:
             return
         for quantity, history in self._history.items():
-            names = [name for name in history if self._is_shown(quantity, name)]
+            names = [name for name in history.names if self._is_shown(quantity, name)]
             if not names:
                 continue
             rows = arrange(names, self.max_rows)
             try:
-                image = heat_map_image(quantity, rows, grid([history[row.name] for row in rows], _COLUMNS))
+                image = heat_map_image(quantity, rows, history.grid(row.name for row in rows))
             except ImportError:
                 self._cannot_draw = True
                 rank_zero_warn(
@@ -114,13 +108,6 @@ class LayerPictures:
     def _is_shown(self, quantity: Quantity, name: str) -> bool:
         """Of parameters, matrices alone, as far as it is known which are."""
         return not quantity.is_of_matrices or not self._matrices or name in self._matrices
-
-    def _forget(self, steps: set[int]) -> None:
-        self._steps -= steps
-        for history in self._history.values():
-            for series in history.values():
-                for step in steps & series.keys():
-                    del series[step]
 
 
 def _tag(quantity: Quantity) -> str:
