@@ -25,7 +25,7 @@ from lightning_muon.cli import main as lightning_muon
 from lightning_muon.reporting.runs import read_runs
 
 _SECONDS = 60.0
-_IMAGES_HEIGHT = 1360
+_IMAGES_HEIGHT = 1400
 _LOOK_EVERY, _ALIKE_IN_A_ROW = 0.7, 3
 
 # TensorBoard's pages are trees of shadow roots, which selectors do not enter.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ from lightning_muon.logs.layers import Layer, layers
 __all__ = ["Row", "arrange", "short_types", "spread"]
 
 _T = TypeVar("_T")
+# Of each type; with fewer there is nothing to see of the depth.
+_FEWEST_ROWS = 4
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,8 @@ class Row:
     Attributes:
         name: Of the parameter or module.
         type: Its layer type, short.
-        label: What stands beside the row: the type and the block at the first row of a type, the block at the others.
+        label: What stands beside the row: the type and the block at the first row of a type, the block at the others;
+            with the expert's number after the block's where experts are one type.
     """
 
     name: str
@@ -34,28 +39,41 @@ def arrange(names: Iterable[str], max_rows: int) -> list[Row]:
 
     Args:
         names: In any order; types come in the order of their first names.
-        max_rows: Of more layers, blocks spread over the depth are taken, of every type as many.
+        max_rows: Of more layers, blocks spread over the depth are taken, of every type as many. Where these would be
+            few, types that differ by a number only, as experts do that are modules of their own, count as one.
 
     Returns:
         The rows from top to bottom.
     """
     layer_of = layers(names)
     types = short_types(layer_of.values())
+    type_of = {name: types[layer.type] for name, layer in layer_of.items()}
+    has_too_many = len(layer_of) > max_rows
+    if has_too_many and len(types) > max_rows // _FEWEST_ROWS:
+        type_of = {name: _NUMBER.sub("*", type_) for name, type_ in type_of.items()}
     by_type: dict[str, list[str]] = defaultdict(list)
-    for name, layer in layer_of.items():
-        by_type[layer.type].append(name)
-    ordered = [sorted(group, key=lambda name: layer_of[name].block or 0) for group in by_type.values()]
-    if len(layer_of) > max_rows:
+    for name, type_ in type_of.items():
+        by_type[type_].append(name)
+    ordered = [sorted(group, key=_numbers) for group in by_type.values()]
+    if has_too_many:
         each = max(1, max_rows // len(ordered))
         ordered = spread([spread(group, each) for group in ordered], max_rows)
-    rows = []
-    for group in ordered:
-        for number, name in enumerate(group):
-            layer = layer_of[name]
-            parts = [] if number else [types[layer.type]]
-            parts += [] if layer.block is None else [str(layer.block)]
-            rows.append(Row(name, types[layer.type], "  ".join(parts)))
-    return rows
+    return [
+        Row(name, type_of[name], _label(type_of[name], layer_of[name], is_first=not number))
+        for group in ordered
+        for number, name in enumerate(group)
+    ]
+
+
+def _label(type_: str, layer: Layer, is_first: bool) -> str:
+    numbers = [] if layer.block is None else [str(layer.block)]
+    if "*" in type_ and layer.block is not None:  # which of the experts, say
+        numbers = [".".join([*numbers, *_NUMBER.findall(layer.type)])]
+    return "  ".join([type_] * is_first + numbers)
+
+
+def _numbers(name: str) -> tuple[int, ...]:
+    return tuple(map(int, _NUMBER.findall(name)))
 
 
 def short_types(found: Iterable[Layer]) -> dict[str, str]:

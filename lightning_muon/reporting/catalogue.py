@@ -56,8 +56,8 @@ QUANTITIES = (
         "muon/update_weight_ratio",
         "Update over weight",
         "Updates",
-        "‖ΔW‖/‖W‖ of one step: how far a layer turns. About 1e-3 is usual; rows that stand out learn faster or slower"
-        " than their neighbours. It follows the learning rate's schedule.",
+        "‖ΔW‖/‖W‖ of one step. Rows that stand out learn faster or slower than their neighbours. It follows the"
+        " learning rate's schedule, and falls as weights grow.",
         "UpdateRMSMonitor",
         "log",
         in_tensorboard=True,
@@ -66,8 +66,8 @@ QUANTITIES = (
         "muon/gradient_momentum_cosine",
         "Cosine of gradient and momentum",
         "Updates",
-        "How much of this step's gradient the running average agrees with. Near 0 the gradients are noise to one"
-        " another; below 0 the layer oscillates.",
+        "Whether this step's gradient points where the running average does. Near 0, the gradients of different steps"
+        " have little in common; below 0 they turn around.",
         "UpdateRMSMonitor",
         "signed",
         (-1, 1),
@@ -77,8 +77,8 @@ QUANTITIES = (
         "muon/update_gradient_cosine",
         "Cosine of update and gradient",
         "Updates",
-        "Above 0 the update descends on this step's batch. Muon's is small by construction: it treats all directions"
-        " alike.",
+        "Above 0, the update descends on this step's batch. Muon's is small where few directions have the energy, since"
+        " it moves all directions alike.",
         "UpdateRMSMonitor",
         "signed",
         (-1, 1),
@@ -129,7 +129,7 @@ QUANTITIES = (
         "muon/momentum_nuclear_rank",
         "Nuclear rank of the momentum",
         "Momentum",
-        "(Σσ)²/Σσ²: how many directions the momentum has by its nuclear norm, which is what Muon's step descends by.",
+        "(⟨update, momentum⟩/‖momentum‖_F)², about (Σσ)²/Σσ²: how many directions share the descent.",
         scale="log",
     ),
     Quantity(
@@ -154,7 +154,8 @@ QUANTITIES = (
         "muon/ns_orthogonality_error",
         "Orthogonality error",
         "Newton–Schulz",
-        "How far the update is from a matrix whose singular values are all 1.",
+        "‖OOᵀ-I‖_F/√r of the orthogonalised momentum O: 0 if its singular values are all 1. Missing directions count"
+        " too, so a momentum of low rank has a large error.",
         is_bad_high=True,
         in_tensorboard=True,
     ),
@@ -169,8 +170,8 @@ QUANTITIES = (
         "attention/max_logit",
         "Largest attention logit",
         "Attention",
-        "Before the softmax. Tens are usual; hundreds and growing is how training with Muon at scale breaks: QK-Clip"
-        " caps them.",
+        "Before the softmax, of the head with the largest. Kimi K2's authors saw them grow beyond 1,000 with Muon, and"
+        " cap them at 100 (QK-Clip).",
         "QKClip",
         "log",
         is_bad_high=True,

@@ -100,6 +100,6 @@ _SPECTRAL_NORM = (
     " that runs away."
 )
 _GRAD_NORM = (
-    "Before clipping, of all parameters and of either algorithm's. Spikes that return at shorter and shorter intervals"
-    " announce trouble. Muon's update does not depend on it."
+    "Before clipping, of all parameters and of either algorithm's. The size of all gradients so far does not matter to"
+    " the update; a spike weighs much in the momentum for some steps."
 )

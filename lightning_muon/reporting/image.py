@@ -75,9 +75,10 @@ def heat_map_image(quantity: Quantity, rows: Sequence[Row], grid: Grid) -> NDArr
     _draw_separators(axes, rows)
     bar = figure.colorbar(mesh, cax=bar_axes)
     bar.ax.tick_params(labelsize=8)
-    bar.outline.set_visible(False)  # type: ignore[operator]
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba(), dtype=np.uint8)[..., :3].copy()
+    bar.outline.set_visible(False)
+    canvas.draw()  # type: ignore[no-untyped-call]
+    pixels = canvas.buffer_rgba()  # type: ignore[no-untyped-call]
+    return np.asarray(pixels, dtype=np.uint8)[..., :3].copy()
 
 
 def _edges(steps: Sequence[int]) -> NDArray[np.float64]:

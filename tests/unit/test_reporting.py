@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_muon.cli import main
 from lightning_muon.logs import ModelDescription, ParameterDescription
+from lightning_muon.logs.rows import arrange
 from lightning_muon.orthogonalize import Auto, polynomial_sequence
 from lightning_muon.reporting.grid import color_limits, grid, thin
 from lightning_muon.reporting.zone import failure_limits, failure_threshold
@@ -322,6 +323,23 @@ def test_large_runs_are_thinned_and_it_is_said(tmp_path):
     np.testing.assert_allclose(numbers(trace["z"]), wanted, rtol=1e-6)
     assert "12 of 120 layers are shown" in page.text
     assert "Thinned to 300 of 1000 logged steps." in page.text
+
+
+def test_experts_that_are_modules_are_one_type_where_rows_are_few():
+    experts = [f"layers.{block}.experts.{expert}.up.weight" for block in range(8) for expert in range(16)]
+    names = ["embed.weight", *experts, *(f"layers.{block}.q.weight" for block in range(8))]
+    rows = arrange(names, 24)
+    assert [row.label for row in rows] == [
+        "embed",
+        *("experts.*.up  0.0", "1.2", "2.4", "3.6", "4.9", "5.11", "6.13", "7.15"),
+        *("q  0", *map(str, range(1, 8))),
+    ]
+    assert all(row.name in names for row in rows)
+    everything = arrange(names, 1000)
+    assert len(everything) == len(names)
+    assert [row.label for row in everything[1:10]] == ["experts.0.up  0", *map(str, range(1, 8)), "experts.1.up  0"]
+    sequential = arrange([f"b.{block}.mlp.{number}.weight" for block in range(3) for number in (0, 2)], 10)
+    assert [row.label for row in sequential] == ["mlp.0  0", "1", "2", "mlp.2  0", "1", "2"]
 
 
 def test_rows_logged_at_other_steps_leave_gaps_or_show_their_latest():
