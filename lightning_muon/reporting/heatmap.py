@@ -30,7 +30,9 @@ __all__ = ["heat_map"]
 _MOST_IN_A_ROW = 3
 _ALL_COLUMNS, _FEWEST_COLUMNS = 300, 80
 _ROW_PIXELS, _TOP, _BOTTOM, _LABELS = 15, 34, 52, 8
-_SCALES = {"linear": "Viridis", "log": "Viridis", "signed": "RdBu"}
+# As matplotlib's RdBu, which the pictures for TensorBoard have; plotly's own of that name is the other way round.
+_SIGNED_SCALE = [[0, "#67001f"], [0.25, "#d6604d"], [0.5, "#f7f7f7"], [0.75, "#4393c3"], [1, "#053061"]]
+_SCALES = {"linear": "Viridis", "log": "Viridis", "signed": _SIGNED_SCALE}
 _BAD_SCALE = [[0, "#f3f1ec"], [0.25, "#f6c89a"], [0.5, "#e8804d"], [0.75, "#c23a3a"], [1, "#6d0f2e"]]
 
 
@@ -177,7 +179,7 @@ def _colors(quantity: Quantity, values: NDArray[np.float64], panel: int) -> dict
 def _log_ticks(low: float, high: float) -> list[float]:
     """Round numbers between two powers of ten, few but at least two where there are any."""
     exponents = range(int(np.floor(low)), int(np.ceil(high)) + 1)
-    for mantissas in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)):
+    for mantissas in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
         ticks = [float(f"{mantissa}e{n}") for n in exponents for mantissa in mantissas]
         ticks = [tick for tick in ticks if low <= np.log10(tick) <= high]
         if len(ticks) >= 3:
