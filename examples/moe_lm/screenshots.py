@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -61,9 +61,10 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         # under its own name, so that no picture shows where the runs are
         logs = Path(folder, "runs")
-        for run in read_runs(options.runs).runs:
-            shutil.copytree(run.folder, logs / run.label, ignore=shutil.ignore_patterns("checkpoints"))
-        pictures = [*tensorboard_pictures(logs, options.out), *report_pictures(logs, options.out)]
+        found = {logs / run.label: run.folder for run in read_runs(options.runs).runs}
+        for copy, original in found.items():
+            shutil.copytree(original, copy, ignore=shutil.ignore_patterns("checkpoints"))
+        pictures = [*tensorboard_pictures(logs, options.out), *report_pictures(list(found), options.out)]
     for picture in pictures:
         print(f"{picture}  {picture.stat().st_size / 1024:.0f} KiB")
 
@@ -89,10 +90,10 @@ def tensorboard_pictures(logs: Path, out: Path) -> Iterator[Path]:
         yield browser.screenshot(out / "tensorboard_images.png", height=_IMAGES_HEIGHT)
 
 
-def report_pictures(logs: Path, out: Path) -> Iterator[Path]:
+def report_pictures(runs: Sequence[Path], out: Path) -> Iterator[Path]:
     """The top of the page, and single figures."""
-    page = logs.with_name("report.html")
-    if lightning_muon(["report", *(str(one) for one in sorted(logs.iterdir(), reverse=True)), "-o", str(page)]):
+    page = runs[0].with_name("report.html")
+    if lightning_muon(["report", *map(str, runs), "-o", str(page)]):
         raise SystemExit("The report could not be written.")
     with Browser(1280, 900) as browser:
         browser.open(page.as_uri())
