@@ -97,6 +97,18 @@ def test_values_against_a_slow_computation(algorithm):
         assert values["muon/update_rms/wide.weight"] == pytest.approx(0.2, rel=0.05)
 
 
+def test_heat_maps_and_the_layout_are_in_tensorboard(tmp_path):
+    run_processes(2, train_watched, str(tmp_path))
+    accumulator = EventAccumulator(str(tmp_path / "tb"))
+    accumulator.Reload()
+    tags = accumulator.Tags()
+    assert {"muon/pictures/update_rms", "muon/pictures/weight_svd_entropy"} <= set(tags["images"])
+    (image,) = accumulator.Images("muon/pictures/update_rms")  # at the end; five steps are too few for one before
+    assert image.step == 5
+    assert image.width > 300
+    assert "custom_scalars__config__" in tags["tensors"]
+
+
 def test_detailed_mode_and_filters():
     model = awkward_model()
     optimizer = lm.Muon(model, lr=0.1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
@@ -15,6 +16,7 @@ from typing_extensions import override
 from lightning_muon.monitoring import Collection, Mode, ObservedOptimizer, Request, Session, Subject
 from lightning_muon.muon import Muon
 from lightning_muon.names import canonical_name
+from lightning_muon.pytorch.callbacks.output import Output
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -57,7 +59,7 @@ class Monitor(Callback):
         self.request = Request(self.families, include, exclude, mode)
         self._last_step = 0
         self._session = Session()
-        self._loggers_that_failed: set[int] = set()
+        self._output = Output()
         self._subjects: dict[Optimizer, Subject] = {}
 
     def default_interval(self, trainer: pl.Trainer) -> int:
@@ -86,9 +88,12 @@ class Monitor(Callback):
         self._last_step = trainer.global_step
         if _monitors(trainer)[0] is self:
             self._subjects = _subjects(trainer, pl_module)
+            self._session, self._output = Session(), Output()
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if _monitors(trainer)[0] is self and trainer.is_global_zero:
+            self._output.finish(trainer)
         self._subjects = {}
 
     @override
@@ -131,20 +136,7 @@ class Monitor(Callback):
             self._log(trainer, due, sighting.collection)
 
     def _log(self, trainer: pl.Trainer, due: Sequence[Monitor], collection: Collection) -> None:
-        """A logger that fails is said once. The processes without loggers would wait for this one if it ended here."""
-        for logger in trainer.loggers:
-            try:
-                logger.log_metrics(collection.values, step=trainer.global_step)
-                for monitor in due:
-                    monitor.show(trainer, logger, collection)
-            except Exception as error:
-                if id(logger) not in self._loggers_that_failed:
-                    self._loggers_that_failed.add(id(logger))
-                    rank_zero_warn(
-                        f"{type(logger).__name__} could not log what the monitors found at step {trainer.global_step}:"
-                        f" {type(error).__name__}: {error}. Training goes on, and the monitors go on trying; this is"
-                        " said once."
-                    )
+        self._output.log(trainer, collection, [partial(monitor.show, trainer) for monitor in due])
 
     def show(self, trainer: pl.Trainer, logger: Logger, collection: Collection) -> None:
         """Log what is no scalar; on process 0, once for each logger."""
