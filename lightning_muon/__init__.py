@@ -1,6 +1,7 @@
 """The Muon optimizer for PyTorch Lightning and Fabric. Importing it registers its strategies' names."""
 
 from lightning_muon._register import register as _register
+from lightning_muon.attention import AttentionHeads, HeadRows, QKClipper, observe_attention
 from lightning_muon.checkpoint.errors import CheckpointError
 from lightning_muon.checkpoint.takeover import take_over
 from lightning_muon.data import GlobalBatchLoader
@@ -11,6 +12,7 @@ from lightning_muon.orthogonalize import available_sequences, orthogonalize
 from lightning_muon.pytorch import MuonFSDPStrategy, MuonZero1Strategy
 from lightning_muon.pytorch.callbacks import (
     MomentumSpectrumMonitor,
+    QKClip,
     SpectrumMonitor,
     UpdateRMSMonitor,
     WeightNormMonitor,
@@ -21,13 +23,17 @@ from lightning_muon.sharding.clipping import grad_norm
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "AttentionHeads",
     "CheckpointError",
     "GlobalBatchLoader",
+    "HeadRows",
     "MomentumSpectrumMonitor",
     "Muon",
     "MuonCheckpointIO",
     "MuonFSDPStrategy",
     "MuonZero1Strategy",
+    "QKClip",
+    "QKClipper",
     "Rule",
     "SpectrumMonitor",
     "UpdateRMSMonitor",
@@ -36,6 +42,7 @@ __all__ = [
     "grad_norm",
     "log_optimizer",
     "mark",
+    "observe_attention",
     "orthogonalize",
     "take_over",
 ]

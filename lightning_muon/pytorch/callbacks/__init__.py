@@ -6,5 +6,6 @@ from lightning_muon.pytorch.callbacks.monitors import (
     UpdateRMSMonitor,
     WeightNormMonitor,
 )
+from lightning_muon.pytorch.callbacks.qk_clip import QKClip
 
-__all__ = ["MomentumSpectrumMonitor", "SpectrumMonitor", "UpdateRMSMonitor", "WeightNormMonitor"]
+__all__ = ["MomentumSpectrumMonitor", "QKClip", "SpectrumMonitor", "UpdateRMSMonitor", "WeightNormMonitor"]
