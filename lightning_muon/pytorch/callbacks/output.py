@@ -1,17 +1,14 @@
-"""What the monitors have found, on its way to the loggers of process 0.
-
-Nothing that goes wrong there ends the training: the processes without loggers would wait for this one.
-"""
+"""What the monitors have found, on its way to the loggers of process 0."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_muon.monitoring import Collection
+from lightning_muon.pytorch.callbacks.loggers import Loggers
 from lightning_muon.pytorch.callbacks.pictures import LayerPictures
 
 if TYPE_CHECKING:
@@ -28,7 +25,7 @@ class Output:
 
     def __init__(self) -> None:
         self._pictures = LayerPictures()
-        self._failed: set[str] = set()
+        self._loggers = Loggers()
 
     def log(self, trainer: pl.Trainer, collection: Collection, show: Sequence[Show]) -> None:
         """Log one measurement.
@@ -40,29 +37,21 @@ class Output:
         """
         step = trainer.global_step
         for number, logger in enumerate(trainer.loggers):
-            self._try(f"{type(logger).__name__} {number}", step, _log_to, logger, step, collection, show)
-        self._try("The heat maps", step, self._draw, trainer, step, collection)
+            self._loggers.attempt(f"{type(logger).__name__} {number}", step, _log_to, logger, step, collection, show)
+        self._loggers.attempt("The heat maps", step, self._draw, trainer, step, collection)
 
     def finish(self, trainer: pl.Trainer) -> None:
         """Draw the last pictures."""
         step = trainer.global_step
-        self._try("The heat maps", step, lambda: self._pictures.finish(_writers(trainer), step))
+        self._loggers.attempt("The heat maps", step, self._finish, trainer, step)
+
+    def _finish(self, trainer: pl.Trainer, step: int) -> None:
+        self._pictures.finish(_writers(trainer), step)
 
     def _draw(self, trainer: pl.Trainer, step: int, collection: Collection) -> None:
         if writers := _writers(trainer):
             self._pictures.add(step, collection.values)
             self._pictures.draw(writers, step)
-
-    def _try(self, who: str, step: int, log: Callable[..., None], *arguments: Any) -> None:
-        try:
-            log(*arguments)
-        except Exception as error:
-            if who not in self._failed:
-                self._failed.add(who)
-                rank_zero_warn(
-                    f"{who} could not log what the monitors found at step {step}: {type(error).__name__}: {error}."
-                    " Training goes on, and the monitors go on trying; this is said once."
-                )
 
 
 def _log_to(logger: Logger, step: int, collection: Collection, show: Sequence[Show]) -> None:

@@ -15,6 +15,7 @@ from lightning_muon.attention import DescribeHeads, QKClipper
 from lightning_muon.attention.report import ALARM
 from lightning_muon.monitoring import Mode
 from lightning_muon.monitoring.alarms import Alarms
+from lightning_muon.pytorch.callbacks.loggers import Loggers
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -82,7 +83,7 @@ class QKClip(Callback):
         self._clipper: QKClipper | None = None
         self._optimizers: list[Optimizer] = []
         self._handles: list[RemovableHandle] = []
-        self._alarms = Alarms()
+        self._alarms, self._loggers = Alarms(), Loggers()
         self._last_step = 0
         self._steps_of_a_batch = 1
 
@@ -153,8 +154,7 @@ class QKClip(Callback):
         if trainer.loggers and trainer.global_step % self._interval(trainer) == 0:
             values = self._clipper.figures(self.mode)
             values[f"muon/alarms/{ALARM}"] = float(self._alarms.standing().get(ALARM, 0))
-            for logger in trainer.loggers:
-                logger.log_metrics(values, step=trainer.global_step)
+            self._loggers.log(trainer, values)
 
     def _interval(self, trainer: pl.Trainer) -> int:
         return self.every_n_steps or max(1, int(getattr(trainer, "log_every_n_steps", 50)))
