@@ -5,12 +5,14 @@ from lightning_muon.attention import AttentionHeads, HeadRows, QKClipper, observ
 from lightning_muon.checkpoint.errors import CheckpointError
 from lightning_muon.checkpoint.takeover import take_over
 from lightning_muon.data import GlobalBatchLoader
+from lightning_muon.experts import ExpertLoads
 from lightning_muon.fabric.checkpoint_io import MuonCheckpointIO
 from lightning_muon.fabric.log import log_optimizer
 from lightning_muon.muon import Muon
 from lightning_muon.orthogonalize import available_sequences, orthogonalize
 from lightning_muon.pytorch import MuonFSDPStrategy, MuonZero1Strategy
 from lightning_muon.pytorch.callbacks import (
+    ExpertLoadMonitor,
     MomentumSpectrumMonitor,
     QKClip,
     SpectrumMonitor,
@@ -25,6 +27,8 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "AttentionHeads",
     "CheckpointError",
+    "ExpertLoadMonitor",
+    "ExpertLoads",
     "GlobalBatchLoader",
     "HeadRows",
     "MomentumSpectrumMonitor",

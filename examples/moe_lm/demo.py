@@ -129,6 +129,7 @@ def train(options: argparse.Namespace) -> tuple[L.Trainer, MoELM, TextDataModule
             lm.UpdateRMSMonitor(every_n_steps=every),
             lm.WeightNormMonitor(every_n_steps=every),
             lm.SpectrumMonitor(every_n_steps=every),
+            lm.ExpertLoadMonitor(every_n_steps=every),
             LearningRateMonitor("step"),
             ModelCheckpoint(monitor="val_loss", filename="{step}-{val_loss:.3f}", save_last=True),
             state_bytes,

@@ -100,10 +100,7 @@ class MoELM(L.LightningModule):
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Balances the experts: here, because this runs once per optimizer step however many batches it accumulates."""
-        max_vio = self.balance_experts()
-        if max_vio and self._logs_this_step:
-            self.log_dict({f"moe/max_vio/{layer}": value for layer, value in max_vio.items()})
-            self.log("moe/max_vio/_mean", torch.stack(list(max_vio.values())).mean())
+        self.balance_experts()
 
     def balance_experts(self) -> dict[str, Tensor]:
         """Moves the routers' biases towards equal load, and returns MaxVio by layer.

@@ -20,10 +20,12 @@ from .layers import SwiGLU
 
 
 class Routing(NamedTuple):
-    """Which experts a token goes to, ``(N, K)`` int64, and with which weights, ``(N, K)`` fp32."""
+    """Which experts a token goes to, ``(N, K)`` int64, with which weights, ``(N, K)`` fp32, and how it scores all of
+    them, ``(N, E)`` fp32."""
 
     experts: Tensor
     weights: Tensor
+    scores: Tensor
 
 
 class Router(nn.Linear):
@@ -44,7 +46,7 @@ class Router(nn.Linear):
 
     @override
     def forward(self, x_NH: Tensor) -> Routing:  # type: ignore[override]
-        """``(N, H)`` to every token's experts and weights."""
+        """``(N, H)`` to every token's experts, weights and scores."""
         # Autocast would send the product to bf16, where nearby scores tie.
         with torch.autocast(x_NH.device.type, enabled=False):
             scores_NE = F.linear(x_NH.float(), self.weight.float()).sigmoid()
@@ -52,7 +54,7 @@ class Router(nn.Linear):
         weights_NK = scores_NE.gather(-1, experts_NK)
         if self.normalize:
             weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)  # DeepSeek-V3's guard against 0/0
-        return Routing(experts_NK, weights_NK * self.scaling)
+        return Routing(experts_NK, weights_NK * self.scaling, scores_NE)
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -104,7 +106,7 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x_BTH: Tensor) -> Tensor:
         """``(B, T, H)`` to the same shape."""
         x_NH = x_BTH.flatten(0, -2)
-        experts_NK, weights_NK = self.gate(x_NH)
+        experts_NK, weights_NK, *_ = self.gate(x_NH)
         tokens_per_expert_E = torch.bincount(experts_NK.flatten(), minlength=self.num_experts)
         if self.training:
             self._count(tokens_per_expert_E)

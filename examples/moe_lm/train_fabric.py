@@ -82,10 +82,14 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     train_loader, val_loader = fabric.setup_dataloaders(data.train_dataloader(), data.val_dataloader())
     module = MoELM(optimizer=options.optimizer, lr=options.lr, adamw_lr=options.adamw_lr)
     model, optimizer = fabric.setup(module, module.make_optimizer())
+    loads = lm.ExpertLoads(model)
     scheduler = module.make_scheduler(optimizer, options.max_steps)
     batches, figures = endless(train_loader), {}
     model.train()
     for step in range(1, options.max_steps + 1):
+        is_logged = step % options.log_every == 0
+        if is_logged:
+            loads.start()
         loss = torch.zeros((), device=fabric.device)
         for micro in range(1, options.accumulate + 1):
             batch = next(batches)
@@ -95,13 +99,13 @@ def main(args: list[str] | None = None) -> dict[str, float]:
                 fabric.backward(part)
             loss += part.detach()
         fabric.clip_gradients(model, optimizer, max_norm=options.clip)
-        max_vio = module.balance_experts()
+        module.balance_experts()
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        if step % options.log_every == 0:
+        if is_logged:
             fabric.log_dict({"train/loss": fabric.all_reduce(loss), "lr": scheduler.get_last_lr()[0]}, step)
-            fabric.log_dict({f"moe/max_vio/{layer}": value for layer, value in max_vio.items()}, step)
+            fabric.log_dict(loads.collect(step), step)
             lm.log_optimizer(fabric, optimizer, step)
         if step % options.val_every == 0 or step == options.max_steps:
             figures = {name: float(value) for name, value in validate(fabric, model, val_loader).items()}

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from examples.moe_lm.model import MoELM
+from examples.moe_lm.report import read_scalars
 from examples.moe_lm.spectra import read_spectra
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +42,7 @@ def test_demo(tmp_path: Path, optimizer: str) -> None:
     for picture in ("loss.png", "matrices.png", "spectra.png"):
         assert (folder / picture).stat().st_size > 10_000
     assert read_spectra(folder)
+    assert {"moe/max_vio/_mean", "moe/router_entropy/model.layers.3.mlp"} <= read_scalars(folder).keys()
     assert f"tensorboard --logdir {tmp_path / 'run'}" in out
     assert f"{figures['val_bpb']:.3f}" in out
     checkpoint = folder / "checkpoints" / "last.ckpt"

@@ -46,7 +46,7 @@ def test_bias_affects_selection_only() -> None:
     x = torch.randn(6, 32)
     scores = torch.sigmoid(x @ layer.gate.weight.T)
     layer.gate.e_score_correction_bias.copy_(torch.tensor([0.0, 5.0, 0.0, 5.0]))
-    experts, weights = layer.gate(x)
+    experts, weights, _ = layer.gate(x)
     assert set(experts.flatten().tolist()) == {1, 3}
     chosen = scores.gather(-1, experts)
     torch.testing.assert_close(weights, 1.7 * chosen / chosen.sum(-1, keepdim=True))
@@ -75,7 +75,7 @@ def test_router_scores_stay_in_fp32_under_autocast_and_bf16_keeps_the_bias() -> 
     x = torch.randn(6, 32)
     expected = layer.gate(x)
     with torch.autocast("cpu", torch.bfloat16):
-        experts, weights = layer.gate(x)
+        experts, weights, _ = layer.gate(x)
     assert torch.equal(experts, expected.experts)
     assert torch.equal(weights, expected.weights)
     layer.gate.e_score_correction_bias.fill_(1.001)  # 1.0 in bf16

@@ -1,5 +1,6 @@
 """Trainer callbacks that show, layer by layer, whether Muon is working."""
 
+from lightning_muon.pytorch.callbacks.experts import ExpertLoadMonitor
 from lightning_muon.pytorch.callbacks.monitors import (
     MomentumSpectrumMonitor,
     SpectrumMonitor,
@@ -8,4 +9,11 @@ from lightning_muon.pytorch.callbacks.monitors import (
 )
 from lightning_muon.pytorch.callbacks.qk_clip import QKClip
 
-__all__ = ["MomentumSpectrumMonitor", "QKClip", "SpectrumMonitor", "UpdateRMSMonitor", "WeightNormMonitor"]
+__all__ = [
+    "ExpertLoadMonitor",
+    "MomentumSpectrumMonitor",
+    "QKClip",
+    "SpectrumMonitor",
+    "UpdateRMSMonitor",
+    "WeightNormMonitor",
+]
