@@ -20,8 +20,8 @@ __all__ = ["Judge", "judges"]
 
 # what rounding may add to a residual and to an update
 _TOLERANCE = 1.1
-# of an update with all directions at 1; a quarter of the directions gives this much
-_LEAST_UPDATE = 0.5
+# of an update with all directions at 1; one direction of sixteen gives this much. Experts with few tokens have a third.
+_LEAST_UPDATE = 0.25
 _PATIENCE = 3
 # share of the directions that fail, from which on the median is one of them
 _MEDIAN = 0.5
@@ -135,7 +135,7 @@ def _update_below(measured: Measured, squares: Tensor) -> str | None:
     return (
         f"{_which(measured, number)}the update's RMS is {sizes[number] * full_update(measured, number):.4g},"
         f" {sizes[number]:.0%} of that of an orthogonal matrix, and has been that small for {_PATIENCE} measurements:"
-        " three quarters of the momentum's directions or more are missing. Either the gradient has a low rank (few"
+        " fifteen of sixteen of the momentum's directions or more are missing. Either the gradient has a low rank (few"
         " tokens, a dead input), or the iteration is too short for its spectrum: MomentumSpectrumMonitor tells"
         " (muon/momentum_q50, muon/ns_fail_frac); orthogonalization='auto' or 'polar_express8' lifts more."
     )

@@ -15,10 +15,10 @@ FULL_RANK = torch.eye(8)
 
 
 class Stack(torch.nn.Module):
-    def __init__(self, scale=1.0):
+    def __init__(self, scale=1.0, size=8):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        self.experts = torch.nn.Parameter(scale * torch.randn(3, 8, 8, generator=generator))
+        self.experts = torch.nn.Parameter(scale * torch.randn(3, size, size, generator=generator))
 
 
 def step(optimizer, gradient):
@@ -32,32 +32,40 @@ def said(session, optimizer, *families):
     return sighting.warnings, sighting.collection.values
 
 
-def gradients(rank=8, seed=1):
+def gradients(rank=8, seed=1, size=8):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(3, 8, rank, generator=generator) @ torch.randn(3, rank, 8, generator=generator)
+    return torch.randn(3, size, rank, generator=generator) @ torch.randn(3, rank, size, generator=generator)
 
 
 def test_an_update_of_low_rank_is_said_after_three_measurements():
-    optimizer, session = lm.Muon(Stack(), momentum=0.0), Session()
+    optimizer, session = lm.Muon(Stack(size=20), orthogonalization="exact", momentum=0.0), Session()
     counts = []
     for _ in range(4):
-        step(optimizer, gradients(rank=1))
+        step(optimizer, gradients(rank=1, size=20))
         texts, values = said(session, optimizer, "update_rms")
         counts.append((len(texts), values["muon/alarms/update_below_band"], values["muon/alarms/update_above_band"]))
     assert counts == [(0, 0, 0), (0, 0, 0), (1, 1, 0), (0, 1, 0)]
-    step(optimizer, gradients())
     assert said(session, optimizer, "update_rms")[0] == []
 
 
+def test_a_sixteenth_of_the_directions_is_the_threshold():
+    for size, is_trouble in ((15, False), (17, True)):
+        optimizer, session = lm.Muon(Stack(size=size), orthogonalization="exact", momentum=0.0), Session()
+        for _ in range(3):
+            step(optimizer, gradients(rank=1, size=size))
+            texts, _ = said(session, optimizer, "update_rms")
+        assert bool(texts) == is_trouble
+
+
 def test_the_text_of_a_small_update_says_how_small():
-    optimizer, session = lm.Muon(Stack(), orthogonalization="exact", momentum=0.0), Session()
+    optimizer, session = lm.Muon(Stack(size=20), orthogonalization="exact", momentum=0.0), Session()
     for _ in range(3):
-        step(optimizer, gradients(rank=1))
+        step(optimizer, gradients(rank=1, size=20))
         texts, values = said(session, optimizer, "update_rms")
-    # one direction of eight: √(1/8) of 0.2
-    assert values["muon/update_rms/experts"] == pytest.approx(0.2 * 8**-0.5, rel=1e-4)
+    # one direction of twenty: √(1/20) of 0.2
+    assert values["muon/update_rms/experts"] == pytest.approx(0.2 * 20**-0.5, rel=1e-4)
     (text,) = texts
-    assert "RMS is 0.07071, 35% of that of an orthogonal matrix, and has been that small for 3 measurements" in text
+    assert "RMS is 0.04472, 22% of that of an orthogonal matrix, and has been that small for 3 measurements" in text
 
 
 def test_an_update_above_its_band_is_said_at_once():

@@ -39,7 +39,7 @@ class UpdateRMSMonitor(Monitor):
     torch are seen by the difference of the weights.
 
     Alarms: a residual more than 10 % above what the polynomial sequence allows, or not finite; an update more than 10 %
-    larger than it allows, or less than half of an orthogonal one in three measurements in a row.
+    larger than it allows, or less than a quarter of an orthogonal one in three measurements in a row.
     """
 
     families: ClassVar[tuple[str, ...]] = (
