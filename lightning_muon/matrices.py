@@ -6,6 +6,7 @@ import bisect
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -135,6 +136,11 @@ class MatrixLayout:
     def num_matrices(self) -> int:
         """How many matrices the parameter holds."""
         return self.stack * len(self.sizes)
+
+    @lru_cache(maxsize=4096)  # noqa: B019 (layouts are few and small)
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of each matrix."""
+        return tuple((block.rows, cut) for block in self.blocks() for cut in block.cuts)
 
     def blocks(self) -> Iterator[MatrixBlock]:
         """The contiguous pieces, in the order of the parameter's elements, covering all of them."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
 
+from lightning_muon.matrices import MatrixLayout
 from lightning_muon.monitoring.sources import Measured
 from lightning_muon.orthogonalize import auto_settings, nominal_sequence
 from lightning_muon.updates import update_scale
 
-__all__ = ["WeightBounds", "full_update", "highest_output", "is_exact"]
+__all__ = ["WeightBounds", "full_updates", "highest_output", "is_exact"]
 
 
 def highest_output(group: Mapping[str, Any]) -> float:
@@ -27,17 +29,21 @@ def is_exact(group: Mapping[str, Any]) -> bool:
     return auto_settings(group["orthogonalization"]) is None and nominal_sequence(group["orthogonalization"]) is None
 
 
-def full_update(measured: Measured, number: int) -> float:
-    """The RMS of a matrix's update with all singular values at 1: ``scale·√(r/(rows·cols))``."""
-    rows, cols = measured.shapes[number]
-    return _scale(measured, number) * math.sqrt(min(rows, cols) / (rows * cols))
-
-
-def _scale(measured: Measured, number: int) -> float:
-    shape = measured.shapes[number]
+def full_updates(measured: Measured) -> Sequence[float]:
+    """The RMS of each matrix's update with all singular values at 1: ``scale·√(r/(rows·cols))``."""
     assert measured.layout is not None  # else it has no matrices
-    rows, cols = reversed(shape) if measured.layout.transposed else shape
-    return update_scale(measured.group["scale"], rows, cols)
+    return _full_updates(measured.layout, measured.group["scale"])
+
+
+@lru_cache(maxsize=4096)
+def _full_updates(layout: MatrixLayout, scale: str) -> tuple[float, ...]:
+    pairs = zip(_scales(layout, scale), layout.shapes(), strict=True)
+    return tuple(factor * math.sqrt(min(rows, cols) / (rows * cols)) for factor, (rows, cols) in pairs)
+
+
+@lru_cache(maxsize=4096)
+def _scales(layout: MatrixLayout, scale: str) -> tuple[float, ...]:
+    return tuple(update_scale(scale, *(reversed(shape) if layout.transposed else shape)) for shape in layout.shapes())
 
 
 class WeightBounds:
@@ -66,8 +72,10 @@ class WeightBounds:
         decay = measured.group["weight_decay"]
         highest = highest_output(measured.group)
         worst: tuple[int, float, float] | None = None
+        assert measured.layout is not None  # else it has no matrices
+        scales = _scales(measured.layout, measured.group["scale"])
         for number, norm in enumerate(norms.tolist()):
-            limit = highest * _scale(measured, number) / decay if decay > 0 else math.inf
+            limit = highest * scales[number] / decay if decay > 0 else math.inf
             bound = max(limit, self._bounds.get((measured.name, number), norm))
             self._bounds[measured.name, number] = bound
             if not norm <= tolerance * bound and (worst is None or norm / bound > worst[1] / worst[2]):

@@ -86,7 +86,7 @@ def _of_spectrum(function: Callable[[Tensor], Tensor]) -> Callable[[Measured, Te
     def summarize(measured: Measured, sigma: Tensor) -> Values | None:
         if not len(sigma):
             return None
-        parts = enumerate(torch.split(sigma, measured.ranks))
+        parts = enumerate(torch.split(sigma, list(measured.ranks)))
         return _median({number: function(part).item() for number, part in parts})
 
     return summarize
@@ -100,7 +100,7 @@ def _of_momentum(function: Callable[[Tensor], Tensor]) -> Callable[[Measured, Te
     """The same, for the matrices that took part in the step: no normalised spectrum is all zeros."""
 
     def summarize(measured: Measured, sigma: Tensor) -> Values | None:
-        parts = enumerate(torch.split(sigma, measured.ranks))
+        parts = enumerate(torch.split(sigma, list(measured.ranks)))
         return _median({number: function(part).item() for number, part in parts if part.any()})
 
     return summarize

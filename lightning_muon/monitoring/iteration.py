@@ -6,7 +6,7 @@ row by row, whose last column is 1 for the matrices that have the figures.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from lightning_muon.monitoring.measures import (
 )
 from lightning_muon.monitoring.sources import Measured
 from lightning_muon.monitoring.subject import Subject
+from lightning_muon.monitoring.tables import tables
 from lightning_muon.orthogonalize import PolynomialSequence, rank_tolerance
 
 __all__ = ["alignments", "iteration_steps", "momentum_singular_values", "outcomes", "participation_ranks", "residuals"]
@@ -45,84 +46,63 @@ def outcomes(optimizer: Subject, wanted: Sequence[Measured]) -> list[Tensor]:
     """``(share of σ that fail, share of the descent that is kept, distance from orthogonal, median σ, 1)`` per matrix,
     of the watched spectra."""
     sequences = {key: record.sequence for record in optimizer.update_records for key in record.keys}
-    found: dict[MatrixKey, tuple[float | Tensor, ...]] = {}
+    keys, rows = [], []
     for measured in wanted:
         for number, shape in enumerate(measured.shapes):
             key = (measured.key, number)
             if key in optimizer.momentum_spectra:
                 sigma = optimizer.momentum_spectra[key]
                 outputs = lifted(sigma, sequences[key], _tolerance(measured, shape, sequences[key]))
-                found[key] = (
-                    fail_fraction(outputs),
-                    descent_kept(sigma, outputs),
-                    orthogonality_error(outputs),
-                    quantile(sigma, 50),
-                )
-    return _tables(wanted, found, 4)
+                kept, error = descent_kept(sigma, outputs), orthogonality_error(outputs)
+                keys.append(key)
+                rows.append(torch.stack([fail_fraction(outputs), kept, error, quantile(sigma, 50)]))
+    return tables(wanted, keys, torch.stack(rows) if rows else None, 4)
 
 
 def residuals(optimizer: Subject, wanted: Sequence[Measured]) -> list[Tensor]:
     """``(‖XXᵀ - I‖_F/√rank before the last step, the largest that the sequence allows, 1)`` per matrix."""
-    found: dict[MatrixKey, tuple[float | Tensor, ...]] = {}
+    keys: list[MatrixKey] = []
+    rows = []
     for record in optimizer.update_records if optimizer.watch.last is not None else ():
         if record.residuals is not None and record.sequence is not None:
-            promise = promised_residual(record.sequence)
-            found |= {key: (value, promise) for key, value in zip(record.keys, record.residuals, strict=True)}
-    return _tables(wanted, found, 2)
+            keys += record.keys
+            allowed = torch.full_like(record.residuals, promised_residual(record.sequence), dtype=torch.float64)
+            rows.append(torch.stack([record.residuals.double(), allowed], dim=1))
+    return tables(wanted, keys, torch.cat(rows) if rows else None, 2)
 
 
 def participation_ranks(optimizer: Subject, wanted: Sequence[Measured]) -> list[Tensor]:
     """``((Σσ²)²/Σσ⁴ of what was orthogonalised, 1)`` per matrix: of its watched spectrum, where there is one, else of
     the iteration's first ``XXᵀ``, in the iteration's precision."""
-    found: dict[MatrixKey, tuple[float | Tensor, ...]] = {}
+    keys: list[MatrixKey] = []
+    columns = []
+    spectra = optimizer.momentum_spectra
     for record in optimizer.update_records if optimizer.watch.last is not None else ():
         if record.participation_ranks is not None:
-            found |= {key: (value,) for key, value in zip(record.keys, record.participation_ranks, strict=True)}
-    spectra = optimizer.momentum_spectra
-    known = ((measured.key, number) for measured in wanted for number in range(len(measured.ranks)))
-    found |= {key: (participation_rank(spectra[key]),) for key in known if key in spectra and spectra[key].any()}
-    return _tables(wanted, found, 1)
+            unseen = [place for place, key in enumerate(record.keys) if key not in spectra]
+            keys += [record.keys[place] for place in unseen]
+            columns.append(record.participation_ranks[unseen].double())
+        if seen := [key for key in record.keys if key in spectra and spectra[key].any()]:
+            keys += seen
+            columns.append(
+                torch.stack([participation_rank(spectra[key]).to(record.square_sums.device) for key in seen])
+            )
+    return tables(wanted, keys, torch.cat(columns)[:, None] if columns else None, 1)
 
 
 def alignments(optimizer: Subject, wanted: Sequence[Measured]) -> list[Tensor]:
     """``(⟨G, G⟩, ⟨M, M⟩, ⟨G, M⟩, ⟨U, U⟩, ⟨U, G⟩, parts)`` per matrix, as ``Alignments`` has them."""
-    kept = optimizer.watch.alignments
-    found = {key: tuple(sums) for key, sums in kept.sums.items()} if kept is not None else {}
-    return _tables(wanted, found, 5)
+    kept = {} if optimizer.watch.alignments is None else optimizer.watch.alignments.sums
+    return tables(wanted, list(kept), torch.stack(list(kept.values())) if kept else None, 5)
 
 
 def iteration_steps(optimizer: Subject, wanted: Sequence[Measured]) -> list[Tensor]:
     """``(number of steps, 1)`` per matrix; the exact polar factor has none."""
-    found: dict[MatrixKey, tuple[float | Tensor, ...]] = {
-        key: (float(len(record.sequence.steps)),)
-        for record in optimizer.update_records
-        if record.sequence is not None and optimizer.watch.next is None  # else a gradient scaler has left out the step
-        for key in record.keys
-    }
-    return _tables(wanted, found, 1)
-
-
-def _tables(
-    wanted: Sequence[Measured], found: Mapping[MatrixKey, tuple[float | Tensor, ...]], columns: int
-) -> list[Tensor]:
-    nothing = (0.0,) * (columns + 1)
-    vectors = []
-    for measured in wanted:
-        keys = [(measured.key, number) for number in range(len(measured.ranks))]
-        rows = [(*found[key], 1.0) if key in found else nothing for key in keys]
-        table = [_column(values, measured.param.device) for values in zip(*rows, strict=True)]
-        vectors.append(torch.stack(table, dim=1).reshape(-1) if table else _column((), measured.param.device))
-    return vectors
-
-
-def _column(values: Sequence[float | Tensor], device: torch.device) -> Tensor:
-    """In few launches, however many values there are on the device."""
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    if not tensors:
-        return torch.tensor(values, dtype=torch.float64, device=device)
-    zero = tensors[0].new_zeros(())
-    column = torch.stack([value if isinstance(value, Tensor) else zero for value in values])
-    return column.to(device, torch.float64)
+    # a gradient scaler may have left out the step
+    records = [one for one in optimizer.update_records if one.sequence is not None and optimizer.watch.next is None]
+    counts = {key: len(record.sequence.steps) for record in records if record.sequence for key in record.keys}
+    rows = torch.tensor(list(counts.values()), dtype=torch.float64)[:, None]
+    return tables(wanted, list(counts), rows if counts else None, 1)
 
 
 def _tolerance(measured: Measured, shape: tuple[int, int], sequence: PolynomialSequence | None) -> float:

@@ -6,9 +6,9 @@ with its part.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_muon.local import local
 from lightning_muon.matrices import MatrixKey, MatrixLayout
 from lightning_muon.monitoring.subject import Subject
+from lightning_muon.monitoring.tables import entries
 from lightning_muon.orthogonalize import singular_values, spectral_norm
 
 __all__ = [
@@ -50,23 +51,32 @@ class Measured:
     rate: float
 
     @property
-    def numels(self) -> list[int]:
+    def numels(self) -> Sequence[int]:
         """Elements of each matrix; a vector counts as one."""
         if self.layout is None:
-            return [self.param.numel()]
-        return [block.rows * cut for block in self.layout.blocks() for cut in block.cuts]
+            return (self.param.numel(),)
+        return _numels(self.layout)
 
     @property
-    def shapes(self) -> list[tuple[int, int]]:
+    def shapes(self) -> Sequence[tuple[int, int]]:
         """Rows and columns of each matrix, as stored; none for a vector."""
-        if self.layout is None:
-            return []
-        return [(block.rows, cut) for block in self.layout.blocks() for cut in block.cuts]
+        return () if self.layout is None else self.layout.shapes()
 
     @property
-    def ranks(self) -> list[int]:
+    def ranks(self) -> Sequence[int]:
         """Singular values of each matrix; none for a vector."""
-        return [min(shape) for shape in self.shapes]
+        return () if self.layout is None else _ranks(self.layout)
+
+
+# a model of thousands of matrices is measured many times
+@lru_cache(maxsize=4096)
+def _numels(layout: MatrixLayout) -> tuple[int, ...]:
+    return tuple(rows * cols for rows, cols in layout.shapes())
+
+
+@lru_cache(maxsize=4096)
+def _ranks(layout: MatrixLayout) -> tuple[int, ...]:
+    return tuple(map(min, layout.shapes()))
 
 
 def measured_parameters(optimizer: Subject, names: Mapping[Tensor, str]) -> list[Measured]:
@@ -96,7 +106,7 @@ def update_squares(optimizer: Subject, wanted: Sequence[Measured]) -> list[Tenso
         return [_zeros(measured, 0) for measured in wanted]
     keys = [key for record in optimizer.update_records for key in record.keys]
     sums = [record.square_sums for record in optimizer.update_records]
-    vectors = _scatter(wanted, keys, torch.cat([one.double() for one in sums]) if sums else None)
+    vectors = entries(wanted, keys, torch.cat([one.double() for one in sums]) if sums else None)
     for number, measured in enumerate(wanted):
         if measured.group["algorithm"] == "adamw":
             own = _adamw_update_squares(optimizer, measured)
@@ -119,21 +129,30 @@ def _adamw_update_squares(optimizer: Subject, measured: Measured) -> Tensor | fl
 
 def weight_squares(optimizer: Subject, wanted: Sequence[Measured]) -> list[Tensor]:
     """``Σ weight²`` per matrix; of a vector, as a whole."""
-    keys, norms, copies = [], [], []
+    keys: list[MatrixKey] = []
+    views: list[Tensor] = []
+    copies: list[int] = []
     for measured in wanted:
         flat = local(measured.param).reshape(-1)
         for key, view in _own_views(optimizer, measured, flat):
             keys.append(key)
-            norms.append(torch.linalg.vector_norm(view, dtype=torch.promote_types(view.dtype, torch.float32)).double())
+            views.append(view)
             copies.append(optimizer.partition.copies(measured.key))
+    norms = [_norms(views)] if views else []
     # AdamW's elements are shared out one by one, across the edges of matrices
     stacks = [one for one in wanted if _is_stack(one) and one.group["algorithm"] == "adamw"]
     for key, matrix in optimizer.partition.deal(_with_matrices(stacks)):
         keys.append(key)
-        norms.append(torch.linalg.vector_norm(matrix.double()))
+        norms.append(_norms([matrix]))
         copies.append(1)
-    squares = torch.stack(norms).square() if norms else None
-    return _scatter(wanted, keys, squares if squares is None else squares / squares.new_tensor(copies))
+    squares = torch.cat(norms).square() if norms else None
+    return entries(wanted, keys, squares if squares is None else squares / squares.new_tensor(copies))
+
+
+def _norms(views: list[Tensor]) -> Tensor:
+    """Frobenius norms, computed in float32 at least; float64."""
+    wide = torch.float32 if all(view.dtype.itemsize <= 4 for view in views) else torch.float64
+    return torch.stack(torch._foreach_norm(views, 2, wide)).double()
 
 
 def _own_views(optimizer: Subject, measured: Measured, flat: Tensor) -> Iterator[tuple[MatrixKey, Tensor]]:
@@ -164,7 +183,7 @@ def weight_spectral_norms(optimizer: Subject, wanted: Sequence[Measured]) -> lis
 def weight_singular_values(optimizer: Subject, wanted: Sequence[Measured]) -> list[Tensor]:
     """All singular values of each matrix, matrix after matrix; empty for a vector."""
     vectors = [_zeros(measured, sum(measured.ranks)) for measured in wanted]
-    targets = {m.key: torch.split(v, m.ranks) for m, v in zip(wanted, vectors, strict=True) if m.ranks}
+    targets = {m.key: torch.split(v, list(m.ranks)) for m, v in zip(wanted, vectors, strict=True) if m.ranks}
     for (name, number), matrix in optimizer.partition.deal(_with_matrices(wanted)):
         targets[name][number].copy_(singular_values(matrix))
     return vectors
@@ -172,17 +191,6 @@ def weight_singular_values(optimizer: Subject, wanted: Sequence[Measured]) -> li
 
 def _with_matrices(wanted: Sequence[Measured]) -> dict[str, tuple[Tensor, MatrixLayout]]:
     return {measured.key: (measured.param, measured.layout) for measured in wanted if measured.layout is not None}
-
-
-def _scatter(wanted: Sequence[Measured], keys: Sequence[MatrixKey], values: Tensor | None) -> list[Tensor]:
-    """One entry per matrix of each parameter; what is found twice of a matrix is added. In few launches."""
-    counts = [len(measured.numels) for measured in wanted]
-    firsts = dict(zip((measured.key for measured in wanted), itertools.accumulate(counts, initial=0), strict=False))
-    places = [(firsts[name] + number, place) for place, (name, number) in enumerate(keys) if name in firsts]
-    if values is None or not places:
-        return [_zeros(measured, count) for measured, count in zip(wanted, counts, strict=True)]
-    targets, sources = (torch.tensor(one, device=values.device) for one in zip(*places, strict=True))
-    return list(torch.split(values.new_zeros(sum(counts)).index_add_(0, targets, values[sources]), counts))
 
 
 def _zeros(measured: Measured, count: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_muon.monitoring.alarms import Finding
-from lightning_muon.monitoring.bounds import WeightBounds, full_update, highest_output, is_exact
+from lightning_muon.monitoring.bounds import WeightBounds, full_updates, highest_output, is_exact
 from lightning_muon.monitoring.families import Source
 from lightning_muon.monitoring.iteration import alignments, outcomes, residuals
 from lightning_muon.monitoring.sources import Measured, update_squares, weight_spectral_norms
@@ -117,7 +117,7 @@ def _update_above(measured: Measured, squares: Tensor) -> str | None:
         return ""
     number = max(large, key=lambda n: large[n] if math.isfinite(large[n]) else math.inf)
     return (
-        f"{_which(measured, number)}the update's RMS is {large[number] * full_update(measured, number):.4g},"
+        f"{_which(measured, number)}the update's RMS is {large[number] * full_updates(measured)[number]:.4g},"
         f" {large[number]:.3g} times that of an orthogonal matrix, and the polynomial sequence allows {highest:.3g}"
         " times: rounding has carried singular values out of its range. Give Muon"
         " orthogonalization_dtype=torch.float32, or a sequence with more head-room."
@@ -133,7 +133,7 @@ def _update_below(measured: Measured, squares: Tensor) -> str | None:
     if not sizes[number] < _LEAST_UPDATE:
         return ""
     return (
-        f"{_which(measured, number)}the update's RMS is {sizes[number] * full_update(measured, number):.4g},"
+        f"{_which(measured, number)}the update's RMS is {sizes[number] * full_updates(measured)[number]:.4g},"
         f" {sizes[number]:.0%} of that of an orthogonal matrix, and has been that small for {_PATIENCE} measurements:"
         " fifteen of sixteen of the momentum's directions or more are missing. Either the gradient has a low rank (few"
         " tokens, a dead input), or the iteration is too short for its spectrum: MomentumSpectrumMonitor tells"
@@ -143,11 +143,9 @@ def _update_below(measured: Measured, squares: Tensor) -> str | None:
 
 def _relative_sizes(measured: Measured, squares: Tensor) -> dict[int, float]:
     """The RMS of the matrices' updates, as far as they moved, in units of one with all singular values at 1."""
-    found = enumerate(zip(squares.tolist(), measured.numels, strict=True))
+    found = zip(squares.tolist(), measured.numels, full_updates(measured), strict=True)
     return {
-        number: math.sqrt(square / numel) / full_update(measured, number)
-        for number, (square, numel) in found
-        if square != 0
+        number: math.sqrt(square / numel) / full for number, (square, numel, full) in enumerate(found) if square != 0
     }
 
 
