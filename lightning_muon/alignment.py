@@ -24,7 +24,11 @@ class Alignments:
         self.sums: dict[MatrixKey, Tensor] = {}
 
     def add(
-        self, keys: Iterable[MatrixKey], gradients: Sequence[Tensor], momenta: Sequence[Tensor], updates: list[Tensor]
+        self,
+        keys: Iterable[MatrixKey],
+        gradients: Sequence[Tensor],
+        momenta: Sequence[Tensor],
+        updates: Sequence[Tensor],
     ) -> None:
         """Take in some parts.
 
@@ -32,13 +36,13 @@ class Alignments:
             keys: Which matrix each is a part of.
             gradients, momenta, updates: The parts, of equal shapes.
         """
-        g = [gradient.to(update.dtype) for gradient, update in zip(gradients, updates, strict=True)]
-        m = [momentum.to(update.dtype) for momentum, update in zip(momenta, updates, strict=True)]
-        pairs = ((g, g), (m, m), (g, m), (updates, updates), (updates, g))
+        # in float32 the square of a small gradient is nothing
+        g, m, u = ([one.double() for one in tensors] for tensors in (gradients, momenta, updates))
+        pairs = ((g, g), (m, m), (g, m), (u, u), (u, g))
         rows = torch.stack([_inner_products(a, b) for a, b in pairs], dim=1)
         for key, row in zip(keys, rows, strict=True):
             self.sums[key] = self.sums[key] + row if key in self.sums else row
 
 
 def _inner_products(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    return torch.stack([product.sum() for product in torch._foreach_mul(a, b)]).double()
+    return torch.stack([product.sum() for product in torch._foreach_mul(a, b)])

@@ -74,7 +74,7 @@ class Step:
                 exchange = self._partition.exchange(number, idle)
                 held = self._held_matrices(stages[number])
                 sent.append(MuonStage(held, options, exchange, idle, watch.alignments))
-                self._update_elementwise(stages[number])
+                watch.moved |= self._update_elementwise(stages[number])
             if number >= ahead:
                 stage = sent.popleft()
                 yield from stage.orthogonalize(chooser, with_telemetry=watch.last is not None)
@@ -141,10 +141,12 @@ class Step:
             for name in group["param_names"]
         }
 
-    def _update_elementwise(self, names: Container[str]) -> None:
+    def _update_elementwise(self, names: Container[str]) -> set[str]:
+        """Of the parameters that AdamW trains, those that were updated."""
         held = list(self._held("adamw", names))
         for group in self._groups:
             step_adamw(group, [parameter for parameter in held if parameter.group is group])
+        return {parameter.name for parameter in held}
 
 
 def treatments(param_groups: Sequence[Mapping[str, Any]], routes: Mapping[str, Route]) -> dict[str, Treatment]:

@@ -25,6 +25,7 @@ class Watch:
         spectra: Singular values that the last step has kept.
         wants_alignments: Whether the next step is to keep inner products.
         alignments: Those that the last step has kept; ``None`` if nobody asked.
+        moved: The parameters that AdamW has updated in the last step, as far as this process knows.
         rates: The learning rate of each group, by its name, in the last step: a scheduler changes it right after.
     """
 
@@ -33,6 +34,7 @@ class Watch:
     spectra: dict[MatrixKey, Tensor] = field(default_factory=dict)
     wants_alignments: bool = False
     alignments: Alignments | None = None
+    moved: set[str] = field(default_factory=set)
     rates: dict[str, float] = field(default_factory=dict)
 
     def ask(self, names: frozenset[str], alignments: bool) -> None:
@@ -45,5 +47,5 @@ class Watch:
         """The next step is the last one now."""
         self.last, self.next, self.spectra = self.next, None, {}
         self.alignments = Alignments() if self.wants_alignments else None
-        self.wants_alignments = False
+        self.wants_alignments, self.moved = False, set()
         self.rates = {group["name"]: float(group["lr"]) for group in param_groups}

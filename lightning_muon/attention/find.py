@@ -10,12 +10,16 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_muon.arguments import check_pattern
 from lightning_muon.attention.heads import AttentionHeads, DescribeHeads
 from lightning_muon.names import canonical_name
 
 __all__ = ["Attention", "find_attention", "require_clippable"]
 
-_QUERY_AND_KEY_NORMS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_norm", "key_norm", "norm_q", "norm_k")
+# q_norm, query_layernorm, k_ln, qk_norm, norm_k; q_a_layernorm is of what is compressed, before the projection
+_QUERY_AND_KEY_NORM = re.compile(
+    r"^(qk?|k|query|key)_?(layer_?norm|rms_?norm|norm|ln)$|^(layer_?norm|norm|ln)_(qk?|k|query|key)$"
+)
 _NUM_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 _NUM_KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 
@@ -62,6 +66,8 @@ def find_attention(
     if isinstance(model, DistributedDataParallel):
         model = model.module
     described = dict(heads) if isinstance(heads, Mapping) else {}
+    check_pattern("include", include)
+    check_pattern("exclude", exclude)
     found, seen = [], set()
     for full_name, module in model.named_modules():
         name = canonical_name(full_name)
@@ -72,6 +78,13 @@ def find_attention(
             found.append(Attention(name, module, own))
     if unknown := sorted(set(described) - seen):
         raise ValueError(f"heads= describes {', '.join(unknown[:3])}, and the model has no such module.")
+    theirs = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    if not found and theirs:
+        raise ValueError(
+            f"{canonical_name(theirs[0])!r} is torch.nn.MultiheadAttention, whose projections are one parameter and"
+            " whose attention cannot be seen: QK-Clip does not know it. Use attention with projections of its own"
+            " (q_proj, k_proj) that calls torch.nn.functional.scaled_dot_product_attention."
+        )
     if not found:
         raise ValueError(
             "No attention found: no module has q_proj and k_proj, or q_proj (or q_b_proj) and kv_b_proj,"
@@ -90,7 +103,8 @@ def require_clippable(found: Iterable[Attention]) -> None:
         ValueError: Queries or keys are normalised behind the projection, or a projection is frozen.
     """
     for attention in found:
-        norms = [name for name in _QUERY_AND_KEY_NORMS if _is_norm(getattr(attention.module, name, None))]
+        children = attention.module.named_children()
+        norms = [name for name, child in children if _QUERY_AND_KEY_NORM.match(name) and _is_norm(child)]
         if norms:
             raise ValueError(
                 f"{attention.name} normalises queries or keys after their projection ({', '.join(norms)}), so that"
@@ -207,7 +221,9 @@ def _check(name: str, module: nn.Module, heads: AttentionHeads) -> None:
         try:
             module.get_submodule(own.projection)
         except AttributeError:
-            raise ValueError(f"heads= of {name} names {own.projection!r}, which the module does not have.") from None
+            raise ValueError(
+                f"heads= of {name} names {own.projection!r}, and no submodule of it is called that."
+            ) from None
         rows = _weight(name, module, own.projection).shape[0]
         if own.stop > rows:
             raise ValueError(f"heads= of {name} names row {own.stop - 1} of {own.projection}, which has {rows}.")

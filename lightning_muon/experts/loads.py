@@ -10,6 +10,7 @@ import torch.distributed as dist
 from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_muon.arguments import check_pattern
 from lightning_muon.experts.counting import Counted, count_routing, new_sums
 from lightning_muon.experts.keys import logged_values
 from lightning_muon.experts.reading import Read, Routing, read_by, read_output
@@ -64,6 +65,8 @@ class ExpertLoads:
     ) -> None:
         if mode not in ("brief", "detailed"):
             raise ValueError(f"mode={mode!r} is not known; choose 'brief' or 'detailed'.")
+        for argument, value in (("include", include), ("exclude", exclude), ("routers", routers)):
+            check_pattern(argument, value)
         found = find_routers(model, routers, include, exclude)
         if not found:
             raise ValueError(_no_router(model, include, exclude, routers))
@@ -120,6 +123,13 @@ class ExpertLoads:
         counted = {name: one for name, one in self._total().items() if one.tokens.any()}
         if not counted:
             rank_zero_warn(_NOTHING_COUNTED)
+        for name, one in counted.items():
+            if one.router_entropy is not None and one.router_entropy < _LEAST_ENTROPY:
+                raise ValueError(
+                    f"{name}: the scores of its router make an entropy of {one.router_entropy}: some are negative."
+                    " What read= returns as scores must be weights, as after a softmax or a sigmoid, and no logits; or"
+                    " None."
+                )
         values = logged_values(counted, self._mode)
         self._num_collected += 1
         tokens = {name: one.tokens for name, one in counted.items()}
@@ -181,6 +191,8 @@ class _Layer:
         return self._sums.to(device)
 
 
+# below 0 by no more than rounding
+_LEAST_ENTROPY = -1e-3
 _NOTHING_COUNTED = (
     "ExpertLoads has seen no router run in training mode since start(). Is the model in evaluation mode, or did a"
     " compiled model run before ExpertLoads was made? What torch.compile has compiled does not see hooks that come"

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lightning_muon.monitoring import Mode, ObservedOptimizer, Request, Session, Subject
 from lightning_muon.monitoring.description import describe_model, log_folders
 from lightning_muon.muon import Muon
+from lightning_muon.pytorch.callbacks.loggers import Loggers
 from lightning_muon.sharding.require import require_muon
 
 __all__ = ["log_optimizer"]
@@ -22,6 +23,7 @@ __all__ = ["log_optimizer"]
 _FAMILIES = ("update_rms", "weight_rms", "weight_spectral_norm", "weight_svd_entropy")
 # Where the model is described already, for each optimizer.
 _described: WeakKeyDictionary[Muon, set[Path]] = WeakKeyDictionary()
+_loggers = Loggers()
 _sessions: WeakKeyDictionary[Subject, Session] = WeakKeyDictionary()
 
 
@@ -60,7 +62,7 @@ def log_optimizer(
     Of a step that was skipped because of gradients that are not finite, these families log nothing.
 
     Args:
-        fabric_or_logger: A Fabric with loggers, or a logger with ``log_metrics``.
+        fabric_or_logger: A Fabric with loggers, or a logger with ``log_metrics``. One that fails is said once.
         optimizer: The optimizer, as ``fabric.setup`` returned it or bare; another optimizer of torch as
             ``lightning_muon.monitoring.ObservedOptimizer(optimizer, module)``, told before each step that is logged by
             its ``watch_next_step()``.
@@ -91,10 +93,8 @@ def log_optimizer(
     values = sighting.collection.values
     for text in sighting.warnings:
         rank_zero_warn(text)
-    if isinstance(fabric_or_logger, Fabric):
-        fabric_or_logger.log_dict(values, step=step)
-    else:
-        fabric_or_logger.log_metrics(values, step=step)
+    for number, logger in enumerate(loggers):
+        _loggers.attempt(f"{type(logger).__name__} {number}", step, logger.log_metrics, dict(values), step)
     return values
 
 

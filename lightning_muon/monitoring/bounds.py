@@ -47,12 +47,12 @@ def _scales(layout: MatrixLayout, scale: str) -> tuple[float, ...]:
 
 
 class WeightBounds:
-    """How large each weight can have become: ``‖W‖₂ <= max(‖W₀‖₂, s·scale/λ)``.
+    """How large each weight can have become: ``‖W‖₂ <= max(‖W₀‖₂, h·scale/λ)``.
 
-    A step ``W ← (1 - lr·λ)W - lr·scale·O`` with ``‖O‖₂ <= s`` takes a norm below ``s·scale/λ`` to one below it, and one
+    A step ``W ← (1 - lr·λ)W - lr·scale·O`` with ``‖O‖₂ <= h`` takes a norm below ``h·scale/λ`` to one below it, and one
     above to a smaller one, for ``lr·λ <= 1``. So the bound holds from any moment on, with the norm at that moment for
     ``‖W₀‖₂``: the first measurement, also of a resumed run. λ may change: the smallest so far counts. Without weight
-    decay there is no bound.
+    decay, and once ``lr·λ`` was above 1, there is no bound.
     """
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ class WeightBounds:
         assert measured.layout is not None  # else it has no matrices
         scales = _scales(measured.layout, measured.group["scale"])
         for number, norm in enumerate(norms.tolist()):
-            limit = highest * scales[number] / decay if decay > 0 else math.inf
+            limit = highest * scales[number] / decay if decay > 0 and decay * measured.rate <= 1 else math.inf
             bound = max(limit, self._bounds.get((measured.name, number), norm))
             self._bounds[measured.name, number] = bound
             if not norm <= tolerance * bound and (worst is None or norm / bound > worst[1] / worst[2]):

@@ -71,15 +71,21 @@ def _rms(measured: Measured, squares: Tensor) -> Values:
     return Values(own, {number: rms(square, numel) for number, (square, numel) in enumerate(pairs)})
 
 
+def _update_rms(measured: Measured, updates: Tensor) -> Values | None:
+    squares, moved = updates.chunk(2)
+    return _rms(measured, squares) if moved.any() else None
+
+
 def _update_weight_ratio(measured: Measured, updates: Tensor, weights: Tensor) -> Values | None:
     """‖ΔW‖_F/‖W‖_F of the step, decay left out."""
-    if not (updates.sum() and weights.sum()):  # it did not move, or there is nothing to compare with
+    squares, moved = updates.chunk(2)
+    if not (moved.any() and weights.sum()):  # it took no part, or there is nothing to compare with
         return None
-    own = measured.rate * math.sqrt((updates.sum() / weights.sum()).item())
-    if len(updates) != len(weights):
+    own = measured.rate * math.sqrt((squares.sum() / weights.sum()).item())
+    if len(squares) != len(weights):
         return Values(own, {})
-    pairs = enumerate(zip(updates.tolist(), weights.tolist(), strict=True))
-    return Values(own, {number: measured.rate * math.sqrt(u / w) for number, (u, w) in pairs if u and w})
+    pairs = enumerate(zip(squares.tolist(), weights.tolist(), strict=True))
+    return Values(own, {number: measured.rate * math.sqrt(u / w) for number, (u, w) in pairs if w})
 
 
 def _of_spectrum(function: Callable[[Tensor], Tensor]) -> Callable[[Measured, Tensor], Values | None]:
@@ -135,7 +141,7 @@ def _median(values: dict[int, float]) -> Values | None:
 _QUANTILES = (10, 25, 50, 75, 90)
 
 FAMILIES = {
-    "update_rms": Family((update_squares,), _rms),
+    "update_rms": Family((update_squares,), _update_rms),
     "update_weight_ratio": Family((update_squares, weight_squares), _update_weight_ratio),
     "weight_rms": Family((weight_squares,), _rms),
     "weight_spectral_norm": Family((weight_spectral_norms,), _of_matrices),

@@ -24,10 +24,14 @@ class ObservedOptimizer:
 
     Its parameters are read as the matrices that ``Muon`` would see in them. The update of ``W₀ → W₁`` is
     ``((1 - lr·λ)·W₀ - W₁)/lr``, where λ is the weight decay of those optimizers that decay the weight itself
-    (``torch.optim.AdamW`` and what has ``decoupled_weight_decay``, ``torch.optim.Muon``); what others do is all update.
+    (``torch.optim.AdamW`` and what has ``decoupled_weight_decay``, ``torch.optim.Muon`` and ``Adafactor``); what others
+    do is all update.
     That is as exact as the difference of two weights can be: with 16-bit weights, hardly.
 
     Processes that each have all parameters (DDP) each do all the work, and agree.
+
+    Attributes:
+        is_watched: Whether the last step was watched.
 
     Args:
         optimizer: The optimizer.
@@ -67,6 +71,8 @@ class ObservedOptimizer:
         self._before: dict[str, Tensor] = {}
         self._decays: dict[str, float] = {}
         self._records: list[UpdateRecord] = []
+        self._is_watching = self.is_watched = False
+        self._handle = optimizer.register_step_post_hook(self._after_step)
 
     @property
     def routes(self) -> Mapping[str, Route]:
@@ -78,17 +84,24 @@ class ObservedOptimizer:
         return [(0, param.numel())]
 
     @property
-    def is_watched(self) -> bool:
-        """Whether a step was watched that nobody has looked at yet."""
-        return bool(self._before)
-
-    @property
     def update_records(self) -> Sequence[UpdateRecord]:
-        """The updates of the step that was watched; none if nobody watched it, or if the learning rate is 0."""
-        if self._before:
-            self._records = self._differences()
-            self._before = {}
+        """The updates of the last step that was watched; none of parameters without a gradient."""
         return self._records
+
+    def close(self) -> None:
+        """Leave the optimizer as it was."""
+        self._handle.remove()
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what was kept of the weights and of the step."""
+        self._before, self._records = {}, []
+        self._is_watching = self.is_watched = False
+
+    def _after_step(self, *_: Any) -> None:
+        if self._is_watching:
+            self._records = self._differences()
+            self._before, self._is_watching, self.is_watched = {}, False, True
 
     @torch.no_grad()
     def watch_next_step(self, names: Collection[str] | None = None) -> None:
@@ -98,9 +111,10 @@ class ObservedOptimizer:
             names: Of these parameters; ``None`` is all.
         """
         self._records = []
-        self._before = {
-            name: param.detach().clone() for name, param, _ in self._parameters() if names is None or name in names
-        }
+        asked = [(name, param) for name, param, _ in self._parameters() if names is None or name in names]
+        # what has no gradient is left alone by the optimizer, decay and all
+        self._before = {name: param.detach().clone() for name, param in asked if param.grad is not None}
+        self._is_watching, self.is_watched = True, False
         self.watch.rates = {}
         for group, own in zip(self.optimizer.param_groups, self.param_groups, strict=True):
             self.watch.rates[own["name"]] = float(group["lr"])
@@ -128,5 +142,8 @@ class ObservedOptimizer:
         return records
 
 
+_DECAYING = (torch.optim.AdamW, torch.optim.Muon, torch.optim.Adafactor)
+
+
 def _is_decoupled(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
-    return bool(group.get("decoupled_weight_decay")) or isinstance(optimizer, torch.optim.AdamW | torch.optim.Muon)
+    return bool(group.get("decoupled_weight_decay")) or isinstance(optimizer, _DECAYING)

@@ -9,6 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from lightning_muon.arguments import check_pattern
 from lightning_muon.monitoring.families import FAMILIES, OF_ALIGNMENTS, OF_SPECTRA, OF_UPDATES, WATCHED
 from lightning_muon.muon import Muon
 
@@ -40,6 +41,8 @@ class Request:
     def __post_init__(self) -> None:
         if self.mode not in ("brief", "detailed"):
             raise ValueError(f"mode={self.mode!r} is not known; choose 'brief' or 'detailed'.")
+        check_pattern("include", self.include)
+        check_pattern("exclude", self.exclude)
         unknown = set(self.families) - set(FAMILIES)
         if unknown:
             raise ValueError(f"Unknown measures {sorted(unknown)}; choose from {', '.join(FAMILIES)}.")

@@ -12,7 +12,7 @@ from lightning_muon.monitoring.bounds import WeightBounds
 from lightning_muon.monitoring.collect import Collection, collect
 from lightning_muon.monitoring.request import Request
 from lightning_muon.monitoring.subject import Subject
-from lightning_muon.monitoring.troubles import judges
+from lightning_muon.monitoring.troubles import NOT_FINITE, judges
 
 __all__ = ["Session", "Sighting"]
 
@@ -45,5 +45,6 @@ class Session:
         warnings = self._alarms.hear(collection.findings)
         standing = self._alarms.standing()
         judged = {finding.kind for finding in collection.findings}
+        judged |= {NOT_FINITE} if judged else set()
         collection.values |= {f"muon/alarms/{kind}": float(standing.get(kind, 0)) for kind in sorted(judged)}
         return Sighting(collection, warnings)

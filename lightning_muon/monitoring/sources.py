@@ -6,7 +6,7 @@ with its part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -98,20 +98,24 @@ def measured_parameters(optimizer: Subject, names: Mapping[Tensor, str]) -> list
 
 
 def update_squares(optimizer: Subject, wanted: Sequence[Measured]) -> list[Tensor]:
-    """``Σ update²`` of the last step, before decay and learning rate: per matrix, or per parameter for our AdamW.
+    """``Σ update²`` of the last step, before decay and learning rate: per matrix, or per parameter for our AdamW; and
+    behind them as many numbers that are 0 for those that took no part in it.
 
     Nothing if the step that was to be watched has not come: a gradient scaler has left it out.
     """
     if optimizer.watch.next is not None:
         return [_zeros(measured, 0) for measured in wanted]
     keys = [key for record in optimizer.update_records for key in record.keys]
-    sums = [record.square_sums for record in optimizer.update_records]
-    vectors = entries(wanted, keys, torch.cat([one.double() for one in sums]) if sums else None)
+    sums = torch.cat([record.square_sums.double() for record in optimizer.update_records]) if keys else None
+    squares = entries(wanted, keys, sums)
+    moved = entries(wanted, keys, None if sums is None else torch.ones_like(sums))
     for number, measured in enumerate(wanted):
         if measured.group["algorithm"] == "adamw":
-            own = _adamw_update_squares(optimizer, measured)
-            vectors[number] = _zeros(measured, 1) + own / optimizer.partition.copies(measured.key)
-    return vectors
+            copies, has_moved = optimizer.partition.copies(measured.key), measured.key in optimizer.watch.moved
+            own = _adamw_update_squares(optimizer, measured) if has_moved else 0.0
+            squares[number] = _zeros(measured, 1) + own / copies
+            moved[number] = _zeros(measured, 1) + float(has_moved)
+    return [torch.cat(pair) for pair in zip(squares, moved, strict=True)]
 
 
 def _adamw_update_squares(optimizer: Subject, measured: Measured) -> Tensor | float:
@@ -176,7 +180,7 @@ def weight_spectral_norms(optimizer: Subject, wanted: Sequence[Measured]) -> lis
     vectors = [_zeros(measured, len(measured.ranks)) for measured in wanted]
     targets = {measured.key: vector for measured, vector in zip(wanted, vectors, strict=True)}
     for (name, number), matrix in optimizer.partition.deal(_with_matrices(wanted)):
-        targets[name][number] = spectral_norm(matrix)
+        targets[name][number] = _or_nan(spectral_norm, matrix, ())
     return vectors
 
 
@@ -185,8 +189,16 @@ def weight_singular_values(optimizer: Subject, wanted: Sequence[Measured]) -> li
     vectors = [_zeros(measured, sum(measured.ranks)) for measured in wanted]
     targets = {m.key: torch.split(v, list(m.ranks)) for m, v in zip(wanted, vectors, strict=True) if m.ranks}
     for (name, number), matrix in optimizer.partition.deal(_with_matrices(wanted)):
-        targets[name][number].copy_(singular_values(matrix))
+        targets[name][number].copy_(_or_nan(singular_values, matrix, (min(matrix.shape),)))
     return vectors
+
+
+def _or_nan(measure: Callable[[Tensor], Tensor], matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """An eigensolver that does not converge fails on this process alone, and the others would wait for it."""
+    try:
+        return measure(matrix)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return torch.full(shape, torch.nan, dtype=torch.float64, device=matrix.device)
 
 
 def _with_matrices(wanted: Sequence[Measured]) -> dict[str, tuple[Tensor, MatrixLayout]]:

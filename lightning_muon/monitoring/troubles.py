@@ -16,13 +16,21 @@ from lightning_muon.monitoring.iteration import alignments, outcomes, residuals
 from lightning_muon.monitoring.sources import Measured, update_squares, weight_spectral_norms
 from lightning_muon.orthogonalize import noise_floor
 
-__all__ = ["Judge", "judges"]
+__all__ = ["NOT_FINITE", "Judge", "judges"]
+
+NOT_FINITE = "not_finite"
+"""The kind of the alarm that takes the place of all others."""
 
 # what rounding may add to a residual and to an update
 _TOLERANCE = 1.1
 # of an update with all directions at 1; one direction of sixteen gives this much. Experts with few tokens have a third.
 _LEAST_UPDATE = 0.25
 _PATIENCE = 3
+_NOT_FINITE = (
+    "its weight, its update or what Newton–Schulz made of it is NaN or infinite. Either the loss was (Muon's"
+    " nonfinite='raise' stops there), or the iteration has left the range of its precision: then"
+    " orthogonalization_dtype=torch.float32 helps."
+)
 # share of the directions that fail, from which on the median is one of them
 _MEDIAN = 0.5
 # what rounding may add to a bound on weights
@@ -50,8 +58,12 @@ class Judge:
     patience: int = 1
 
     def finding(self, measured: Measured, vector: Tensor) -> Finding | None:
-        """What it has to say of a parameter that Muon trains."""
-        if measured.group["algorithm"] != "muon" or not vector.numel():
+        """What it has to say of a parameter; but for what is not finite, of one that Muon trains."""
+        if not vector.numel():
+            return None
+        if not vector.isfinite().all():
+            return Finding(NOT_FINITE, measured.name, _NOT_FINITE)
+        if measured.group["algorithm"] != "muon":
             return None
         trouble = self.trouble(measured, vector)
         return None if trouble is None else Finding(self.kind, measured.name, trouble or None, self.patience)
@@ -92,10 +104,10 @@ def _residual(measured: Measured, table: Tensor) -> str | None:
     rows = _rows(measured, table)
     if not rows:
         return None
-    broken = {n: row for n, row in rows.items() if not row[0] <= _TOLERANCE * row[1]}  # NaN is not
+    broken = {n: row for n, row in rows.items() if row[0] > _TOLERANCE * row[1]}
     if not broken:
         return ""
-    number = max(broken, key=lambda n: broken[n][0] / broken[n][1] if math.isfinite(broken[n][0]) else math.inf)
+    number = max(broken, key=lambda n: broken[n][0] / broken[n][1])
     residual, promise, *_ = broken[number]
     return (
         f"{_which(measured, number)}before the last step of Newton–Schulz the residual ‖XXᵀ-I‖_F/√rank is"
@@ -112,13 +124,12 @@ def _update_above(measured: Measured, squares: Tensor) -> str | None:
     if not sizes:
         return None
     highest = highest_output(measured.group)
-    large = {number: size for number, size in sizes.items() if not size <= _TOLERANCE * highest}  # NaN is not
-    if not large:
+    number = max(sizes, key=lambda n: sizes[n])
+    if sizes[number] <= _TOLERANCE * highest:
         return ""
-    number = max(large, key=lambda n: large[n] if math.isfinite(large[n]) else math.inf)
     return (
-        f"{_which(measured, number)}the update's RMS is {large[number] * full_updates(measured)[number]:.4g},"
-        f" {large[number]:.3g} times that of an orthogonal matrix, and the polynomial sequence allows {highest:.3g}"
+        f"{_which(measured, number)}the update's RMS is {sizes[number] * full_updates(measured)[number]:.4g},"
+        f" {sizes[number]:.3g} times that of an orthogonal matrix, and the polynomial sequence allows {highest:.3g}"
         " times: rounding has carried singular values out of its range. Give Muon"
         " orthogonalization_dtype=torch.float32, or a sequence with more head-room."
     )
@@ -143,7 +154,7 @@ def _update_below(measured: Measured, squares: Tensor) -> str | None:
 
 def _relative_sizes(measured: Measured, squares: Tensor) -> dict[int, float]:
     """The RMS of the matrices' updates, as far as they moved, in units of one with all singular values at 1."""
-    found = zip(squares.tolist(), measured.numels, full_updates(measured), strict=True)
+    found = zip(squares.chunk(2)[0].tolist(), measured.numels, full_updates(measured), strict=True)
     return {
         number: math.sqrt(square / numel) / full for number, (square, numel, full) in enumerate(found) if square != 0
     }
@@ -188,7 +199,7 @@ def _weight_norm(measured: Measured, exceeded: tuple[int, float, float] | None) 
     number, norm, bound = exceeded
     return (
         f"{_which(measured, number)}the weight's largest singular value is {norm:.4g}, above the"
-        f" {bound:.4g} that weight decay and the size of the updates allow, ‖W‖₂ <= max(‖W₀‖₂, s·scale/λ): it was"
+        f" {bound:.4g} that weight decay and the size of the updates allow, ‖W‖₂ <= max(‖W₀‖₂, h·scale/λ): it was"
         " changed by something else than the optimizer's steps, or its updates are larger than their coefficients"
         " promise (muon/update_rms, muon/ns_residual)."
     )

@@ -7,6 +7,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 import lightning_muon as lm
+from lightning_muon.monitoring import Request, collect, sources
 from lightning_muon.names import canonical_name
 from tests.integration.test_monitors import events
 from tests.lightning_runs import AwkwardLightningModule, trainer, weights
@@ -222,3 +223,84 @@ def test_training_is_bitwise_the_same(tmp_path, strategy, optimizer):
     unwatched = run_processes(2, final_weights, str(tmp_path), strategy, optimizer, False)
     for one, other in zip(watched, unwatched, strict=True):
         assert all(torch.equal(weight, other[name]) for name, weight in one.items())
+
+
+@pytest.mark.parametrize("monitor", [lm.UpdateRMSMonitor, lm.MomentumSpectrumMonitor])
+def test_filters_that_leave_nothing_are_an_error(tmp_path, monitor):
+    with pytest.raises(ValueError, match=r"include='\(' is no regular expression"):
+        monitor(include="(")
+    with pytest.raises(ValueError, match="every_n_steps='5' must be a whole number"):
+        monitor(every_n_steps="5")
+    options = {"accelerator": "cpu", "logger": CSVLogger(tmp_path), "callbacks": [monitor(include="nowhere")]}
+    with pytest.raises(MisconfigurationException, match="leaves none of the"):
+        trainer(1, "auto", **options).fit(AwkwardLightningModule())
+
+
+def test_a_trainer_that_logs_nothing_measures_nothing(tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="tb", version="")
+    options = {"accelerator": "cpu", "logger": logger, "callbacks": [lm.UpdateRMSMonitor()], "log_every_n_steps": 0}
+    trainer(3, "auto", **options).fit(AwkwardLightningModule())
+    assert not events(tmp_path)[0]
+
+
+class TwoSteps(AwkwardLightningModule):
+    """Manual optimization, two steps of AdamW in a batch; a parameter never has a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.model = torch.nn.ModuleDict({name: torch.nn.Linear(4, 4) for name in ("used", "unused")})
+        self.updates = []
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        for _ in range(2):
+            optimizer.zero_grad()
+            self.manual_backward((self.model["used"](torch.eye(4)) - batch_idx).square().mean())
+            before = self.model["used"].weight.detach().clone()
+            optimizer.step()
+            update = (before * (1 - 0.1 * 0.5) - self.model["used"].weight.detach()) / 0.1
+            self.updates.append(update.square().mean().sqrt().item())
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.1, weight_decay=0.5)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        pass
+
+
+def test_an_update_is_one_step_of_what_has_moved(tmp_path):
+    module, monitor = TwoSteps(), lm.UpdateRMSMonitor(every_n_steps=3)
+    logger = TensorBoardLogger(tmp_path, name="tb", version="")
+    trainer(12, "auto", accelerator="cpu", logger=logger, callbacks=[monitor]).fit(module)
+    scalars, _ = events(tmp_path)
+    logged = scalars["muon/update_rms/model.used.weight"]
+    assert logged == pytest.approx({step: module.updates[step - 1] for step in (6, 12)}, rel=1e-4)
+    assert not [tag for tag in scalars if "unused" in tag]
+    assert not monitor._subjects
+
+
+def test_of_a_skipped_step_there_is_no_update():
+    model = torch.nn.Linear(4, 4)
+    optimizer = lm.Muon(model, nonfinite="skip")
+    families = ("update_rms", "update_weight_ratio")
+    for value in (1.0, torch.nan):
+        optimizer.zero_grad()
+        (model(torch.eye(4)).square().sum() * value).backward()
+        optimizer.step()
+        values = collect([optimizer], [Request(families)]).values
+        assert bool(values) == (value == 1.0)
+    assert optimizer.skipped_steps == 1
+
+
+def test_an_eigensolver_that_does_not_converge_ends_nobody(monkeypatch):
+    def fails(matrix):
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(sources, "singular_values", fails)
+    model = torch.nn.Linear(4, 4)
+    optimizer = lm.Muon(model)
+    model(torch.eye(4)).sum().backward()
+    optimizer.step()
+    values = collect([optimizer], [Request(("weight_svd_entropy",))]).values
+    assert np.isnan(values["muon/weight_svd_entropy/weight"])

@@ -163,7 +163,7 @@ def test_what_is_not_understood_is_said(change, message):
 @pytest.mark.parametrize(
     ("heads", "message"),
     [
-        ({"": lm.AttentionHeads.grouped_query(4, 6, query="qk", key="qkv")}, "names 'qk', which the module does not"),
+        ({"": lm.AttentionHeads.grouped_query(4, 6, query="qk", key="qkv")}, "names 'qk', and no submodule"),
         ({"": lm.AttentionHeads.grouped_query(4, 6, query="qkv", key="qkv", key_start=60)}, "row 77 of qkv, which has"),
         ({"elsewhere": Fused.description}, "describes elsewhere, and the model has no such module"),
     ],

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_muon.arguments import check_interval
 from lightning_muon.monitoring import Collection, Mode, ObservedOptimizer, Request, Session, Subject
 from lightning_muon.muon import Muon
 from lightning_muon.names import canonical_name
@@ -53,8 +54,7 @@ class Monitor(Callback):
         exclude: str | None = None,
         mode: Mode = "brief",
     ) -> None:
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"every_n_steps={every_n_steps} must be 1 or more.")
+        check_interval(every_n_steps)
         self.every_n_steps = every_n_steps
         self.request = Request(self.families, include, exclude, mode)
         self._last_step = 0
@@ -63,12 +63,13 @@ class Monitor(Callback):
         self._subjects: dict[Optimizer, Subject] = {}
 
     def default_interval(self, trainer: pl.Trainer) -> int:
-        """Steps between two measurements where the user said nothing."""
-        return max(1, int(getattr(trainer, "log_every_n_steps", 50)))
+        """Steps between two measurements where the user said nothing; 0 is never."""
+        return int(getattr(trainer, "log_every_n_steps", 50))
 
     def is_due(self, trainer: pl.Trainer, step: int) -> bool:
         """Whether to measure what this optimizer step, counted from 1, leaves behind."""
-        return step % (self.every_n_steps or self.default_interval(trainer)) == 0
+        interval = self.every_n_steps or self.default_interval(trainer)
+        return interval > 0 and step % interval == 0
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -83,17 +84,48 @@ class Monitor(Callback):
         if self.needs_muon and not any(isinstance(optimizer, Muon) for optimizer in trainer.optimizers):
             raise MisconfigurationException(
                 f"{type(self).__name__} watches lightning_muon.Muon; this Trainer's optimizers are"
-                f" {[type(optimizer).__name__ for optimizer in trainer.optimizers]}."
+                f" {[type(optimizer).__name__ for optimizer in trainer.optimizers]}. Leave it out; UpdateRMSMonitor,"
+                " WeightNormMonitor and SpectrumMonitor watch any optimizer."
+            )
+        names = self._measurable(trainer, pl_module)
+        if not any(map(self.request.wants, names)):
+            raise MisconfigurationException(
+                f"{type(self).__name__}(include={self.request.include!r}, exclude={self.request.exclude!r}) leaves none"
+                f" of the {len(names)} parameters that it could measure; the first is {names[0]!r}."
+            )
+        interval = self.every_n_steps or self.default_interval(trainer)
+        if 0 < (trainer.max_steps or 0) - trainer.global_step < interval:
+            rank_zero_info(
+                f"{type(self).__name__} measures every {interval} steps, and this training has"
+                f" {trainer.max_steps - trainer.global_step}: give it every_n_steps= to see anything."
             )
         self._last_step = trainer.global_step
         if _monitors(trainer)[0] is self:
             self._subjects = _subjects(trainer, pl_module)
             self._session, self._output = Session(), Output()
 
+    def _measurable(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
+        names = parameter_names(pl_module)
+        muons = [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, Muon)]
+        if not self.needs_muon:
+            return list(names.values())
+        pairs = [(muon.routes[key], names.get(param, key)) for muon in muons for key, param in muon.named_parameters()]
+        return [name for route, name in pairs if route.algorithm == "muon"] or list(names.values())
+
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if _monitors(trainer)[0] is self and trainer.is_global_zero:
             self._output.finish(trainer)
+        self._close()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        for subject in self._subjects.values():
+            if isinstance(subject, ObservedOptimizer):
+                subject.close()
         self._subjects = {}
 
     @override
@@ -127,6 +159,9 @@ class Monitor(Callback):
         self._last_step = trainer.global_step
         due = [monitor for monitor in monitors if monitor.is_due(trainer, trainer.global_step)]
         if not due:
+            for subject in self._subjects.values():
+                if isinstance(subject, ObservedOptimizer):
+                    subject.forget()  # the batch has ended with another step than one that is measured
             return
         requests = [monitor.request for monitor in due]
         sighting = self._session.look(list(self._subjects.values()), requests, parameter_names(pl_module))

@@ -8,6 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
+from lightning_muon.arguments import check_interval, check_pattern
 from lightning_muon.experts import ExpertLoads, Read
 from lightning_muon.pytorch.callbacks.loggers import Loggers
 
@@ -63,10 +64,11 @@ class ExpertLoadMonitor(Callback):
         read: Read | None = None,
         routers: str | None = None,
     ) -> None:
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"every_n_steps={every_n_steps} must be 1 or more.")
+        check_interval(every_n_steps)
         if mode not in ("brief", "detailed"):
             raise ValueError(f"mode={mode!r} is not known; choose 'brief' or 'detailed'.")
+        for argument, value in (("include", include), ("exclude", exclude), ("routers", routers)):
+            check_pattern(argument, value)
         self.every_n_steps = every_n_steps
         self._options: dict[str, Any] = {
             "include": include,
@@ -88,8 +90,8 @@ class ExpertLoadMonitor(Callback):
 
     def is_due(self, trainer: pl.Trainer, step: int) -> bool:
         """Whether to log the loads of this optimizer step, counted from 1."""
-        default = max(1, int(getattr(trainer, "log_every_n_steps", 50)))
-        return step % (self.every_n_steps or default) == 0
+        interval = self.every_n_steps or int(getattr(trainer, "log_every_n_steps", 50))
+        return interval > 0 and step % interval == 0
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -101,6 +103,7 @@ class ExpertLoadMonitor(Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._loggers = Loggers()
         # after configure_model, which may make the layers, and before anything is compiled by running it
         try:
             self._loads = ExpertLoads(pl_module, **self._options)

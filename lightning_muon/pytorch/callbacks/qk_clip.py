@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_muon.arguments import check_interval, check_pattern
 from lightning_muon.attention import DescribeHeads, QKClipper
 from lightning_muon.attention.report import ALARM
 from lightning_muon.monitoring import Mode
@@ -72,10 +73,11 @@ class QKClip(Callback):
         mode: Mode = "brief",
         heads: DescribeHeads | None = None,
     ) -> None:
-        if not tau > 0:
-            raise ValueError(f"tau={tau} must be positive.")
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"every_n_steps={every_n_steps} must be 1 or more.")
+        if not isinstance(tau, int | float) or not tau > 0:
+            raise ValueError(f"tau={tau!r} must be a positive number.")
+        check_pattern("include", include)
+        check_pattern("exclude", exclude)
+        check_interval(every_n_steps)
         if mode not in ("brief", "detailed"):
             raise ValueError(f"mode={mode!r} is not known; choose 'brief' or 'detailed'.")
         self.tau, self.log_only, self.every_n_steps = tau, log_only, every_n_steps
@@ -84,7 +86,7 @@ class QKClip(Callback):
         self._optimizers: list[Optimizer] = []
         self._handles: list[RemovableHandle] = []
         self._alarms, self._loggers = Alarms(), Loggers()
-        self._last_step = 0
+        self._last_step = self._first_step = 0
         self._steps_of_a_batch = 1
 
     @override
@@ -106,9 +108,10 @@ class QKClip(Callback):
             exclude=self.exclude,
             heads=self.heads,
         )
-        self._clipper, self._last_step = clipper, trainer.global_step
+        self._alarms, self._loggers = Alarms(), Loggers()
+        self._clipper, self._last_step, self._first_step = clipper, trainer.global_step, trainer.global_step
         # what manual optimization does in a batch is known after one
-        self._steps_of_a_batch = 1 if pl_module.automatic_optimization else self._interval(trainer)
+        self._steps_of_a_batch = 1 if pl_module.automatic_optimization else max(1, self._interval(trainer))
         self._optimizers = [one for one in trainer.optimizers if clipper.is_trained_by(one)]
         if self.log_only:
             self._optimizers = self._optimizers or trainer.optimizers[:1]
@@ -124,7 +127,8 @@ class QKClip(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._clipper is not None and self.log_only:
-            self._clipper.watch(self._may_log(trainer))
+            # the first step too: what cannot be seen is said at once
+            self._clipper.watch(self._may_log(trainer) or trainer.global_step == self._first_step)
 
     @override
     def on_before_optimizer_step(
@@ -151,18 +155,20 @@ class QKClip(Callback):
             return  # accumulation
         self._steps_of_a_batch = trainer.global_step - self._last_step
         self._last_step = trainer.global_step
-        if trainer.loggers and trainer.global_step % self._interval(trainer) == 0:
+        interval = self._interval(trainer)
+        if trainer.loggers and interval > 0 and trainer.global_step % interval == 0:
             values = self._clipper.figures(self.mode)
             values[f"muon/alarms/{ALARM}"] = float(self._alarms.standing().get(ALARM, 0))
             self._loggers.log(trainer, values)
 
     def _interval(self, trainer: pl.Trainer) -> int:
-        return self.every_n_steps or max(1, int(getattr(trainer, "log_every_n_steps", 50)))
+        """Steps between two that are logged; 0 is never."""
+        return self.every_n_steps or int(getattr(trainer, "log_every_n_steps", 50))
 
     def _may_log(self, trainer: pl.Trainer) -> bool:
         """Whether what the batch leaves behind is logged, if it steps as often as the one before."""
-        first = trainer.global_step + 1
-        return any(step % self._interval(trainer) == 0 for step in range(first, first + self._steps_of_a_batch))
+        first, interval = trainer.global_step + 1, self._interval(trainer)
+        return interval > 0 and any(step % interval == 0 for step in range(first, first + self._steps_of_a_batch))
 
     def _close(self) -> None:
         for handle in self._handles:
