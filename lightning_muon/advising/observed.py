@@ -60,8 +60,8 @@ def observe(folder: str | Path, percent: int, include: str | None = None, exclud
     runs = [run for n, run in enumerate(found) if not any(_same(logged[run], logged[one]) for one in found[:n])]
     if len(runs) != 1:
         raise LogError(
-            f"{folder} has no run with {_PREFIX}q{percent}/<parameter>: train with MomentumSpectrumMonitor, which measures"
-            " every 200 steps unless every_n_steps= says otherwise, or in a Fabric loop with"
+            f"{folder} has no run with {_PREFIX}q{percent}/<parameter>: train with MomentumSpectrumMonitor, which"
+            " measures every 200 steps unless every_n_steps= says otherwise, or in a Fabric loop with"
             " log_optimizer(families=MomentumSpectrumMonitor.families)"
             if not runs
             else f"{folder} has several runs: give the folder of one of them, {', '.join(map(str, runs))}"

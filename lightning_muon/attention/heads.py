@@ -89,8 +89,10 @@ class AttentionHeads:
             num_heads: Query heads.
             head_dim: Rows of a head.
             num_key_value_heads: Key heads; ``None`` means as many.
-            query, key: Names of the projections; the same one if it is fused.
-            query_start, key_start: The first row of the first head.
+            query: Name of the queries' projection.
+            key: Name of the keys' projection; the same one if it is fused.
+            query_start: The first row of the first head's query.
+            key_start: The first row of the first head's key. A wrong one scales other rows, and nobody notices.
         """
         shared_by = _ratio(num_heads, num_key_value_heads or num_heads)
         heads: list[tuple[HeadRows, ...]] = []
