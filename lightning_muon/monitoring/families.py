@@ -72,13 +72,13 @@ def _rms(measured: Measured, squares: Tensor) -> Values:
 
 
 def _update_rms(measured: Measured, updates: Tensor) -> Values | None:
-    squares, moved = updates.chunk(2)
+    squares, moved = updates.view(-1, 2).unbind(1)
     return _rms(measured, squares) if moved.any() else None
 
 
 def _update_weight_ratio(measured: Measured, updates: Tensor, weights: Tensor) -> Values | None:
     """‖ΔW‖_F/‖W‖_F of the step, decay left out."""
-    squares, moved = updates.chunk(2)
+    squares, moved = updates.view(-1, 2).unbind(1)
     if not (moved.any() and weights.sum()):  # it took no part, or there is nothing to compare with
         return None
     own = measured.rate * math.sqrt((squares.sum() / weights.sum()).item())

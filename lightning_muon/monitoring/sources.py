@@ -98,8 +98,8 @@ def measured_parameters(optimizer: Subject, names: Mapping[Tensor, str]) -> list
 
 
 def update_squares(optimizer: Subject, wanted: Sequence[Measured]) -> list[Tensor]:
-    """``Σ update²`` of the last step, before decay and learning rate: per matrix, or per parameter for our AdamW; and
-    behind them as many numbers that are 0 for those that took no part in it.
+    """``(Σ update², 1)`` of the last step, before decay and learning rate: per matrix, or per parameter for our AdamW;
+    ``(0, 0)`` for what took no part in it.
 
     Nothing if the step that was to be watched has not come: a gradient scaler has left it out.
     """
@@ -107,15 +107,15 @@ def update_squares(optimizer: Subject, wanted: Sequence[Measured]) -> list[Tenso
         return [_zeros(measured, 0) for measured in wanted]
     keys = [key for record in optimizer.update_records for key in record.keys]
     sums = torch.cat([record.square_sums.double() for record in optimizer.update_records]) if keys else None
-    squares = entries(wanted, keys, sums)
-    moved = entries(wanted, keys, None if sums is None else torch.ones_like(sums))
+    vectors = entries(wanted, keys, None if sums is None else torch.stack([sums, torch.ones_like(sums)], dim=1), 2)
     for number, measured in enumerate(wanted):
         if measured.group["algorithm"] == "adamw":
-            copies, has_moved = optimizer.partition.copies(measured.key), measured.key in optimizer.watch.moved
-            own = _adamw_update_squares(optimizer, measured) if has_moved else 0.0
-            squares[number] = _zeros(measured, 1) + own / copies
-            moved[number] = _zeros(measured, 1) + float(has_moved)
-    return [torch.cat(pair) for pair in zip(squares, moved, strict=True)]
+            vectors[number] = _zeros(measured, 2)
+            if measured.key in optimizer.watch.moved:
+                copies = optimizer.partition.copies(measured.key)
+                vectors[number][0] = _adamw_update_squares(optimizer, measured) / copies
+                vectors[number][1] = 1.0
+    return vectors
 
 
 def _adamw_update_squares(optimizer: Subject, measured: Measured) -> Tensor | float:
@@ -125,10 +125,12 @@ def _adamw_update_squares(optimizer: Subject, measured: Measured) -> Tensor | fl
     if not step:
         return 0.0
     beta1, beta2 = measured.group["momentum"], measured.group["betas"][1]
-    mean = local(state["exp_avg"]).double() / (1 - beta1**step)
-    root = (local(state["exp_avg_sq"]).double() / (1 - beta2**step)).sqrt()
-    update: Tensor = mean / (root + measured.group["eps"])
-    return update.square().sum()
+    mean, square = (local(state[key]) for key in ("exp_avg", "exp_avg_sq"))
+    wide = torch.promote_types(mean.dtype, torch.float32)
+    root = (square.to(wide) / (1 - beta2**step)).sqrt_().add_(measured.group["eps"])
+    norm: Tensor = torch.linalg.vector_norm(mean.to(wide) / root)
+    squares: Tensor = (norm.double() / (1 - beta1**step)).square()
+    return squares
 
 
 def weight_squares(optimizer: Subject, wanted: Sequence[Measured]) -> list[Tensor]:

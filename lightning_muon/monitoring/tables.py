@@ -25,19 +25,22 @@ class _Parameter(Protocol):
     def ranks(self) -> Sequence[int]: ...
 
 
-def entries(wanted: Sequence[_Parameter], keys: Sequence[MatrixKey], values: Tensor | None) -> list[Tensor]:
-    """One entry per matrix; a vector has one as well. What is found twice of a matrix is added.
+def entries(
+    wanted: Sequence[_Parameter], keys: Sequence[MatrixKey], values: Tensor | None, columns: int = 1
+) -> list[Tensor]:
+    """A row per matrix; a vector has one as well. What is found twice of a matrix is added.
 
     Args:
         wanted: The parameters; what is found of others is left out.
         keys: The matrices of which something is found.
-        values: ``(len(keys),)``; ``None`` if there are none.
+        values: ``(len(keys), columns)``, or ``(len(keys),)`` for one column; ``None`` if there are none.
+        columns: How many figures there are of each.
 
     Returns:
-        For each parameter ``(matrices,)``, float64.
+        For each parameter ``(matrices · columns,)``, float64, row by row.
     """
     counts = [len(one.numels) for one in wanted]
-    return _place(wanted, counts, keys, None if values is None else values[:, None])
+    return _place(wanted, counts, keys, None if values is None else values.reshape(-1, columns), columns)
 
 
 def tables(wanted: Sequence[_Parameter], keys: Sequence[MatrixKey], rows: Tensor | None, columns: int) -> list[Tensor]:
@@ -58,7 +61,7 @@ def tables(wanted: Sequence[_Parameter], keys: Sequence[MatrixKey], rows: Tensor
 
 
 def _place(
-    wanted: Sequence[_Parameter], counts: Sequence[int], keys: Sequence[MatrixKey], rows: Tensor | None, width: int = 1
+    wanted: Sequence[_Parameter], counts: Sequence[int], keys: Sequence[MatrixKey], rows: Tensor | None, width: int
 ) -> list[Tensor]:
     if not wanted:
         return []

@@ -154,7 +154,7 @@ def _update_below(measured: Measured, squares: Tensor) -> str | None:
 
 def _relative_sizes(measured: Measured, squares: Tensor) -> dict[int, float]:
     """The RMS of the matrices' updates, as far as they moved, in units of one with all singular values at 1."""
-    found = zip(squares.chunk(2)[0].tolist(), measured.numels, full_updates(measured), strict=True)
+    found = zip(squares[::2].tolist(), measured.numels, full_updates(measured), strict=True)
     return {
         number: math.sqrt(square / numel) / full for number, (square, numel, full) in enumerate(found) if square != 0
     }

@@ -128,7 +128,9 @@ def test_values_of_one_process_are_numpys(expected):
     check(expected[1], expected[0])
 
 
-@pytest.mark.parametrize(("strategy", "world_size"), [("muon_zero1", 2), ("muon_zero1", 3), ("muon_fsdp", 2)])
+@pytest.mark.parametrize(
+    ("strategy", "world_size"), [("muon_zero1", 2), ("muon_zero1", 3), ("muon_fsdp", 2), ("muon_fsdp", 3)]
+)
 def test_values_of_several_processes(tmp_path, expected, strategy, world_size):
     run_processes(world_size, train, str(tmp_path), strategy)
     check(tmp_path, expected[0])
