@@ -6,7 +6,6 @@ import bisect
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -137,7 +136,6 @@ class MatrixLayout:
         """How many matrices the parameter holds."""
         return self.stack * len(self.sizes)
 
-    @lru_cache(maxsize=4096)  # noqa: B019 (layouts are few and small)
     def shapes(self) -> tuple[tuple[int, int], ...]:
         """Rows and columns of each matrix."""
         return tuple((block.rows, cut) for block in self.blocks() for cut in block.cuts)
