@@ -29,6 +29,7 @@ class ModelConfig:
         attention: ``"mla"`` (multi-head latent attention) or ``"gqa"`` (grouped-query attention).
         num_key_value_heads: key/value heads, GQA only.
         head_dim: width of a head, GQA only.
+        q_lora_rank: width of the compressed queries, MLA only; ``None`` (Moonlight) does not compress them.
         kv_lora_rank: width of the compressed keys and values, MLA only.
         qk_nope_head_dim: width of a query/key head's part without position, MLA only.
         qk_rope_head_dim: width of a query/key head's rotated part, MLA only; even.
@@ -38,11 +39,15 @@ class ModelConfig:
         n_routed_experts: experts that the router chooses from, per MoE layer.
         num_experts_per_tok: experts chosen per token.
         n_shared_experts: experts that see every token (computed as one of that many times the width).
+        n_group: groups of as many experts each; a token first chooses groups, then experts in them (DeepSeek-V3 limits
+            by that how many nodes a token travels to). 1 (Moonlight) chooses among all experts.
+        topk_group: groups chosen per token.
         norm_topk_prob: make the chosen experts' weights sum to one (before scaling).
-        routed_scaling_factor: factor on the routed experts' output. ``sqrt(num_experts_per_tok)`` up to a few
-            per cent keeps its size that of one expert's; Moonlight computes 2.446 for 6 of 64, the same
-            computation gives 1.41 for 2 of 8.
+        routed_scaling_factor: factor on the routed experts' output, which keeps its size that of one expert's:
+            :func:`~examples.moe_lm.gate_scale.gate_scale` computes Moonlight's 2.446 for 6 of 64, and 1.41 for 2 of 8.
         bias_update_rate: step of the load-balancing bias per optimizer step; 1e-3 in DeepSeek-V3 and Moonlight.
+        aux_loss_alpha: weight of the sequence-wise balancing loss in the training loss; 0 leaves it out,
+            DeepSeek-V3 has 1e-4.
         max_seq_len: longest context in tokens; ``generate`` crops to it.
         rope_theta: base of the rotary frequencies.
         rms_norm_eps: epsilon inside RMSNorm's root.
@@ -57,6 +62,7 @@ class ModelConfig:
     attention: AttentionKind = "mla"
     num_key_value_heads: int = 2
     head_dim: int = 32
+    q_lora_rank: int | None = None
     kv_lora_rank: int = 64
     qk_nope_head_dim: int = 16
     qk_rope_head_dim: int = 16
@@ -66,9 +72,12 @@ class ModelConfig:
     n_routed_experts: int = 8
     num_experts_per_tok: int = 2
     n_shared_experts: int = 1
+    n_group: int = 1
+    topk_group: int = 1
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.41
     bias_update_rate: float = 1e-3
+    aux_loss_alpha: float = 0.0
     max_seq_len: int = 256
     rope_theta: float = 10_000.0
     rms_norm_eps: float = 1e-5
@@ -84,10 +93,21 @@ class ModelConfig:
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
-        if not 1 <= self.num_experts_per_tok <= self.n_routed_experts:
+        if self.n_routed_experts % self.n_group or not 1 <= self.topk_group <= self.n_group:
             raise ValueError(
-                f"num_experts_per_tok={self.num_experts_per_tok} must lie between 1 and "
-                f"n_routed_experts={self.n_routed_experts}"
+                f"n_group={self.n_group} must divide n_routed_experts={self.n_routed_experts}, and "
+                f"topk_group={self.topk_group} must lie between 1 and n_group"
+            )
+        if self.n_group > 1 and self.n_routed_experts < 2 * self.n_group:
+            raise ValueError(
+                f"a group is judged by its two best experts; n_group={self.n_group} leaves fewer than two of "
+                f"n_routed_experts={self.n_routed_experts} in each"
+            )
+        eligible = self.n_routed_experts // self.n_group * self.topk_group
+        if not 1 <= self.num_experts_per_tok <= eligible:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} must lie between 1 and {eligible}, the experts in "
+                f"{self.topk_group} of {self.n_group} groups of n_routed_experts={self.n_routed_experts}"
             )
 
     @property
@@ -112,7 +132,9 @@ class ModelConfig:
         """
         hidden, heads = self.hidden_size, self.num_attention_heads
         if self.attention == "mla":
-            query = heads * (self.qk_nope_head_dim + self.qk_rope_head_dim) * hidden
+            queries = heads * (self.qk_nope_head_dim + self.qk_rope_head_dim)
+            rank = self.q_lora_rank
+            query = queries * hidden if rank is None else rank * (hidden + 1 + queries)  # 1: its norm
             down = (self.kv_lora_rank + self.qk_rope_head_dim) * hidden + self.kv_lora_rank  # with its norm
             up = heads * (self.qk_nope_head_dim + self.v_head_dim) * self.kv_lora_rank
             attention = query + down + up + hidden * heads * self.v_head_dim

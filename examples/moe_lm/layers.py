@@ -5,8 +5,6 @@ Shape suffixes: B batch, T time (tokens), A heads, D width of a head, H hidden s
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,32 +32,22 @@ class RMSNorm(nn.Module):
         return self.weight * x_fp32.to(x_BTH.dtype)
 
 
-class Rotation(NamedTuple):
-    """Cosine and sine of every position's angle, each ``(T, D/2)`` in fp32."""
-
-    cos: Tensor
-    sin: Tensor
-
-
-def rotation(num_positions: int, head_dim: int, theta: float, device: torch.device) -> Rotation:
-    """Angles ``position * theta ** (-2 i / head_dim)``, i = 0 … head_dim/2 - 1.
+def rotation(num_positions: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """Complex numbers of modulus one, ``(T, D/2)``: position ``t`` turns the i-th pair by
+    ``t * theta ** (-2 i / head_dim)``, i = 0 … head_dim/2 - 1.
 
     Computed anew in each forward: a cached buffer would be rounded by bf16-true and broadcast by DDP, and the table
     costs microseconds.
     """
     frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
     angle = torch.outer(torch.arange(num_positions, dtype=torch.float32, device=device), frequency)
-    return Rotation(angle.cos(), angle.sin())
+    return torch.polar(torch.ones_like(angle), angle)
 
 
-def rotate(x_BATD: Tensor, rotation: Rotation) -> Tensor:
+def rotate(x_BATD: Tensor, rotation_TD: Tensor) -> Tensor:
     """Turns each pair ``(x[2i], x[2i+1])`` by its position's i-th angle (DeepSeek's interleaved layout)."""
-    even, odd = x_BATD.float()[..., 0::2], x_BATD.float()[..., 1::2]
-    turned = torch.stack(
-        (even * rotation.cos - odd * rotation.sin, odd * rotation.cos + even * rotation.sin),
-        dim=-1,
-    )
-    return turned.flatten(-2).to(x_BATD.dtype)
+    pairs = torch.view_as_complex(x_BATD.float().contiguous().view(*x_BATD.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * rotation_TD).flatten(-2).to(x_BATD.dtype)
 
 
 class SwiGLU(nn.Module):

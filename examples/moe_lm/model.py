@@ -19,9 +19,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import SumMetric
 from typing_extensions import override
 
+from .balancing import balance, take_sequence_losses
 from .config import ModelConfig
 from .decoder import Decoder, init_weights
-from .moe import MixtureOfExperts, balance
+from .flops import flops_per_token, num_tokens
+from .moe import MixtureOfExperts
 from .optim import OptimizerName, build_optimizer, warmup_cosine
 
 
@@ -37,6 +39,11 @@ class MoELM(L.LightningModule):
         warmup_fraction: share of the steps over which the learning rate rises; then a cosine leads to 10 % of the peak.
         orthogonalization: name of the polynomial sequence for Muon.
         router_optimizer: ``"muon"`` (as Moonlight) or ``"adamw"`` for the routers' matrices.
+        activation_checkpointing: keep only the layers' inputs for the backward pass and compute the rest again.
+
+    Attributes:
+        flops_per_batch: floating-point operations of the last batch on this rank; Lightning's ``ThroughputMonitor``
+            reads it.
     """
 
     def __init__(
@@ -49,6 +56,7 @@ class MoELM(L.LightningModule):
         warmup_fraction: float = 0.05,
         orthogonalization: str = "polar_express5",
         router_optimizer: Literal["muon", "adamw"] = "muon",
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.config = config = ModelConfig.of(config)
@@ -67,9 +75,11 @@ class MoELM(L.LightningModule):
                 "warmup_fraction": warmup_fraction,
                 "orthogonalization": orthogonalization,
                 "router_optimizer": router_optimizer,
+                "activation_checkpointing": activation_checkpointing,
             }
         )
-        self.model = Decoder(config)
+        self.flops_per_batch = 0
+        self.model = Decoder(config, activation_checkpointing)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         init_weights(self, config.initializer_range)
         self.val_nll, self.val_tokens = SumMetric(), SumMetric()
@@ -85,9 +95,10 @@ class MoELM(L.LightningModule):
 
     @override
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Mean negative log-likelihood in nats of a batch of windows ``(B, T+1)``."""
+        """Mean negative log-likelihood in nats of windows ``(B, T+1)``, and the auxiliary loss if there is one."""
         loss = next_token_nll(self(batch[:, :-1]), batch[:, 1:]).mean()
-        self._tokens_since += batch[:, 1:].numel() * self.trainer.world_size
+        self._count_flops(batch, training=True)
+        self._tokens_since += num_tokens(batch) * self.trainer.world_size
         if self._logs_this_step:
             now = time.perf_counter()
             # The loss of all ranks' tokens, added up only where it is shown.
@@ -95,7 +106,15 @@ class MoELM(L.LightningModule):
             if not math.isnan(self._clock):
                 self.log("train/tokens_per_sec", self._tokens_since / (now - self._clock), prog_bar=True)
             self._restart_clock()
-        return loss
+        return self.with_auxiliary_loss(loss)
+
+    def with_auxiliary_loss(self, loss: Tensor) -> Tensor:
+        """``loss`` plus the last training forward's sequence-wise balancing loss, if ``aux_loss_alpha`` asks for one.
+
+        A Fabric loop passes the loss of every batch through it.
+        """
+        auxiliary = take_sequence_losses(self.moe_layers)
+        return loss if auxiliary is None else loss + auxiliary
 
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -121,6 +140,7 @@ class MoELM(L.LightningModule):
         nll_BT = next_token_nll(self(batch[:, :-1]), batch[:, 1:])
         self.val_nll.update(nll_BT.sum())
         self.val_tokens.update(nll_BT.numel())
+        self._count_flops(batch, training=False)
 
     @override
     def on_validation_epoch_end(self) -> None:
@@ -192,6 +212,9 @@ class MoELM(L.LightningModule):
         # The Trainer hands its loggers what the n-th, 2n-th … step logged.
         every = int(cast(Any, self.trainer).log_every_n_steps)
         return every > 0 and (self.trainer.global_step + 1) % every == 0
+
+    def _count_flops(self, batch: Tensor, training: bool) -> None:
+        self.flops_per_batch = num_tokens(batch) * flops_per_token(self.config, batch.shape[1] - 1, training=training)
 
     def _restart_clock(self) -> None:
         self._tokens_since, self._clock = 0, time.perf_counter()

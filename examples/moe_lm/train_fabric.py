@@ -95,9 +95,9 @@ def main(args: list[str] | None = None) -> dict[str, float]:
             batch = next(batches)
             # Gradients travel once per optimizer step, with the last batch's backward.
             with fabric.no_backward_sync(model) if micro < options.accumulate else nullcontext():
-                part = next_token_nll(model(batch[:, :-1]), batch[:, 1:]).mean() / options.accumulate
-                fabric.backward(part)
-            loss += part.detach()
+                part = next_token_nll(model(batch[:, :-1]), batch[:, 1:]).mean()
+                fabric.backward(module.with_auxiliary_loss(part) / options.accumulate)
+            loss += part.detach() / options.accumulate
         fabric.clip_gradients(model, optimizer, max_norm=options.clip)
         module.balance_experts()
         optimizer.step()

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from examples.moe_lm.balancing import balance
 from examples.moe_lm.config import ModelConfig
 from examples.moe_lm.model import MoELM
-from examples.moe_lm.moe import MixtureOfExperts, balance
+from examples.moe_lm.moe import MixtureOfExperts
 from tests.example.moe_lm_reference import moe_reference
 from tests.example.test_model import TINY
 
