@@ -43,8 +43,11 @@ class MixtureOfExperts(nn.Module):
         routing = self.gate(x_NH)
         experts_NK, weights_NK, _ = routing
         tokens_per_expert_E = count_tokens(experts_NK, self.num_experts)
-        if self.training and not is_recomputing():
-            self._remember(tokens_per_expert_E, routing, num_sequences=x_BTH.shape[0])
+        if self.training:
+            loss = self._sequence_loss(routing, num_sequences=x_BTH.shape[0])
+            if not is_recomputing():
+                self.sequence_loss = loss
+                self._count(tokens_per_expert_E)
         order_S = experts_NK.flatten().argsort(stable=True)
         token_S = order_S // experts_NK.shape[1]
         out_SH = self.experts(x_NH[token_S], tokens_per_expert_E)
@@ -53,13 +56,15 @@ class MixtureOfExperts(nn.Module):
         out: Tensor = routed_NH.view_as(x_BTH) + self.shared_experts(x_BTH)
         return out
 
-    def _remember(self, tokens_per_expert_E: Tensor, routing: Routing, num_sequences: int) -> None:
-        before = self.tokens_per_expert
-        if before is None or before.device != tokens_per_expert_E.device:
+    def _sequence_loss(self, routing: Routing, num_sequences: int) -> Tensor | None:
+        if not self.aux_loss_alpha:
+            return None
+        scores_BTE = routing.scores.view(num_sequences, -1, self.num_experts)
+        experts_BTK = routing.experts.view(*scores_BTE.shape[:2], -1)
+        return self.aux_loss_alpha * sequence_loss(scores_BTE, experts_BTK)
+
+    def _count(self, tokens_per_expert_E: Tensor) -> None:
+        if self.tokens_per_expert is None or self.tokens_per_expert.device != tokens_per_expert_E.device:
             self.tokens_per_expert = tokens_per_expert_E
         else:
-            self.tokens_per_expert = before + tokens_per_expert_E
-        if self.aux_loss_alpha:
-            scores_BTE = routing.scores.view(num_sequences, -1, self.num_experts)
-            experts_BTK = routing.experts.view(*scores_BTE.shape[:2], -1)
-            self.sequence_loss = self.aux_loss_alpha * sequence_loss(scores_BTE, experts_BTK)
+            self.tokens_per_expert = self.tokens_per_expert + tokens_per_expert_E

@@ -30,7 +30,14 @@ def moe_reference(layer: MixtureOfExperts, x: Tensor, top_k: int, scaling: float
     for token in x:
         scores = torch.sigmoid(layer.gate.weight @ token)
         for_choice = (scores.detach() + layer.gate.e_score_correction_bias).tolist()
-        chosen = sorted(range(len(for_choice)), key=lambda e: for_choice[e], reverse=True)[:top_k]
+        groups, size = layer.gate.num_groups, len(for_choice) // layer.gate.num_groups
+        members = [range(g * size, (g + 1) * size) for g in range(groups)]
+        if groups > 1:
+            merits = [sum(sorted(for_choice[e] for e in group)[-2:]) for group in members]
+            best = sorted(range(groups), key=lambda g: merits[g], reverse=True)[: layer.gate.top_k_groups]
+            members = [members[g] for g in best]
+        eligible = [e for group in members for e in group]
+        chosen = sorted(eligible, key=lambda e: for_choice[e], reverse=True)[:top_k]
         total = sum(scores[e] for e in chosen)
         row = shared.down_proj.weight @ (F.silu(shared.gate_proj.weight @ token) * (shared.up_proj.weight @ token))
         for e in chosen:
@@ -38,3 +45,23 @@ def moe_reference(layer: MixtureOfExperts, x: Tensor, top_k: int, scaling: float
             row = row + scaling * scores[e] / total * (experts.down_proj[e] @ inner)
         rows.append(row)
     return torch.stack(rows)
+
+
+def sequence_loss_reference(scores: Tensor, experts: Tensor) -> Tensor:
+    """``(B, T, E)`` scores and ``(B, T, K)`` choices: equations 17 – 20 of arXiv 2412.19437, as they stand there."""
+    num_sequences, num_tokens, num_experts = scores.shape
+    top_k, total = experts.shape[-1], torch.zeros(())
+    for b in range(num_sequences):
+        for i in range(num_experts):
+            f = sum(i in experts[b, t].tolist() for t in range(num_tokens)) * num_experts / (top_k * num_tokens)
+            p = sum(scores[b, t, i] / scores[b, t].sum() for t in range(num_tokens)) / num_tokens
+            total = total + f * p
+    return total / num_sequences
+
+
+def balanced_bias_reference(choices: list[Tensor], num_experts: int, rate: float) -> Tensor:
+    """The biases after one update from zero, from all tokens' choices of one optimizer step."""
+    loads = [sum(chosen.tolist().count(e) for chosen in choices) for e in range(num_experts)]
+    mean = sum(loads) / num_experts
+    signs = [(mean > load) - (mean < load) for load in loads]
+    return torch.tensor([rate * (sign - sum(signs) / num_experts) for sign in signs])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +15,11 @@ from tests.example.test_model import TINY
 transformers = pytest.importorskip("transformers")
 
 SHAPE = {**TINY, "routed_scaling_factor": 2.446, "rope_theta": 50_000.0, "n_shared_experts": 2}
+KINDS: dict[str, dict[str, int]] = {
+    "moonlight": {},
+    "compressed queries": {"q_lora_rank": 12},
+    "groups of experts": {"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3},
+}
 
 
 def to_oracle(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -24,19 +31,17 @@ def to_oracle(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def make_pair() -> tuple[MoELM, torch.nn.Module]:
-    ours = MoELM(ModelConfig(initializer_range=0.2, **SHAPE)).eval()  # type: ignore[arg-type]
+def make_pair(kind: str) -> tuple[MoELM, torch.nn.Module]:
+    fields: dict[str, Any] = {**SHAPE, **KINDS[kind]}
+    ours = MoELM(ModelConfig(initializer_range=0.2, **fields)).eval()
     for layer in ours.moe_layers.values():
         layer.gate.e_score_correction_bias.normal_(std=0.3)
-    shape = {key: value for key, value in SHAPE.items() if key not in ("head_dim", "rope_theta", "max_seq_len")}
+    shape = {key: value for key, value in fields.items() if key not in ("head_dim", "rope_theta", "max_seq_len")}
+    shape = {"num_experts_per_tok": 2, "q_lora_rank": None, "n_group": 1, "topk_group": 1, **shape}
     config = transformers.DeepseekV3Config(
         **{**shape, "num_key_value_heads": TINY["num_attention_heads"]},
         vocab_size=257,
-        num_experts_per_tok=2,
         first_k_dense_replace=1,
-        q_lora_rank=None,
-        n_group=1,
-        topk_group=1,
         norm_topk_prob=True,
         rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": SHAPE["rope_theta"]},
@@ -52,10 +57,30 @@ def make_pair() -> tuple[MoELM, torch.nn.Module]:
     return ours, theirs
 
 
-def test_logits_and_gradients_equal_deepseek_v3() -> None:
-    ours, theirs = make_pair()
+def chosen_experts(model: torch.nn.Module, routers: list[torch.nn.Module], ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Logits (or what the model returns), and each router's choices, sorted."""
+    chosen: list[Tensor] = []
+
+    def note(module: torch.nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        chosen.append(next(one for one in output if one.dtype == torch.int64).sort(-1).values)
+
+    handles = [router.register_forward_hook(note) for router in routers]
+    out = model(ids)
+    for handle in handles:
+        handle.remove()
+    return out, chosen
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_routing_logits_and_gradients_equal_deepseek_v3(kind: str) -> None:
+    ours, theirs = make_pair(kind)
     ids = torch.randint(257, (2, 17))
-    logits, expected = ours(ids[:, :-1]), theirs(ids[:, :-1]).logits
+    logits, experts = chosen_experts(ours, [layer.gate for layer in ours.moe_layers.values()], ids[:, :-1])
+    routers = [module for name, module in theirs.named_modules() if name.endswith("mlp.gate")]
+    out, expected_experts = chosen_experts(theirs, routers, ids[:, :-1])
+    assert len(experts) == len(expected_experts) == TINY["num_hidden_layers"] - 1
+    assert all(torch.equal(a, b) for a, b in zip(experts, expected_experts, strict=True))
+    expected = out.logits  # type: ignore[attr-defined]
     assert expected.std() > 0.5  # logits that say something
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 

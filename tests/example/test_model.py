@@ -34,9 +34,10 @@ def tiny(attention: AttentionKind = "mla") -> MoELM:
     return MoELM(ModelConfig(attention=attention, initializer_range=0.2, **TINY))
 
 
-@pytest.mark.parametrize("attention", ["gqa", "mla"])
-def test_logits_have_a_row_per_token_and_know_only_the_past(attention: AttentionKind) -> None:
-    model = tiny(attention).eval()
+@pytest.mark.parametrize(("attention", "q_lora_rank"), [("gqa", None), ("mla", None), ("mla", 12)])
+def test_logits_have_a_row_per_token_and_know_only_the_past(attention: AttentionKind, q_lora_rank: int | None) -> None:
+    shape = ModelConfig(attention=attention, q_lora_rank=q_lora_rank, initializer_range=0.2, **TINY)
+    model = MoELM(shape).eval()
     ids = torch.randint(257, (2, 12))
     logits = model(ids)
     assert logits.shape == (2, 12, 257)
@@ -69,9 +70,9 @@ def test_rms_norm_is_computed_in_fp32() -> None:
     torch.testing.assert_close(norm(x), expected, atol=0, rtol=2**-7)  # one rounding to bf16
 
 
-@pytest.mark.parametrize("attention", ["gqa", "mla"])
-def test_formula_counts_the_built_model(attention: AttentionKind) -> None:
-    model = tiny(attention)
+@pytest.mark.parametrize(("attention", "q_lora_rank"), [("gqa", None), ("mla", None), ("mla", 12)])
+def test_formula_counts_the_built_model(attention: AttentionKind, q_lora_rank: int | None) -> None:
+    model = MoELM(ModelConfig(attention=attention, q_lora_rank=q_lora_rank, **TINY))
     config = model.config
     assert config.num_parameters().total == sum(p.numel() for p in model.parameters())
     idle = config.n_routed_experts - config.num_experts_per_tok
@@ -112,6 +113,10 @@ def test_generate_is_repeatable_and_crops_its_context() -> None:
     [
         ({"num_experts_per_tok": 9}, "num_experts_per_tok=9"),
         ({"qk_rope_head_dim": 3}, "must be even"),
+        ({"n_group": 3}, "n_group=3 must divide n_routed_experts=8"),
+        ({"n_group": 2, "topk_group": 3}, "topk_group=3 must lie between 1 and n_group"),
+        ({"n_group": 8}, "fewer than two"),
+        ({"n_group": 4, "num_experts_per_tok": 3}, "num_experts_per_tok=3 must lie between 1 and 2"),
         ({"attention": "mha"}, "'gqa' or 'mla'"),
         ({"attention": "gqa", "num_key_value_heads": 3}, "multiple of"),
     ],

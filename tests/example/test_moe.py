@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from examples.moe_lm.balancing import balance
+from examples.moe_lm.balancing import balance, sequence_loss, take_sequence_losses
 from examples.moe_lm.config import ModelConfig
 from examples.moe_lm.model import MoELM
 from examples.moe_lm.moe import MixtureOfExperts
-from tests.example.moe_lm_reference import moe_reference
+from tests.example.moe_lm_reference import moe_reference, sequence_loss_reference
 from tests.example.test_model import TINY
 
 # Lightning 2.6's own use of torch, once a Trainer loads batches.
@@ -20,16 +20,22 @@ pytestmark = pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec:FutureWar
 CONFIG = ModelConfig(routed_scaling_factor=1.7, **TINY)
 
 
-def make_layer() -> MixtureOfExperts:
-    layer = MixtureOfExperts(CONFIG)
+def make_layer(config: ModelConfig = CONFIG) -> MixtureOfExperts:
+    layer = MixtureOfExperts(config)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return layer
 
 
-def test_layer_equals_token_by_token_reference_in_values_and_gradients() -> None:
-    layer = make_layer()
-    layer.gate.e_score_correction_bias.copy_(torch.tensor([0.3, -0.2, 0.1, 0.0]))
+@pytest.mark.parametrize("inner", [16, 17], ids=["grouped", "looped"])
+@pytest.mark.parametrize("groups", [(1, 1), (2, 1), (3, 2)], ids=str)
+def test_layer_equals_token_by_token_reference_in_values_and_gradients(inner: int, groups: tuple[int, int]) -> None:
+    experts = 2 * max(2, groups[0])
+    shape = {**TINY, "moe_intermediate_size": inner, "n_routed_experts": experts}
+    layer = make_layer(
+        ModelConfig(routed_scaling_factor=1.7, n_group=groups[0], topk_group=groups[1], **shape)  # type: ignore[arg-type]
+    )
+    layer.gate.e_score_correction_bias.normal_(std=0.2)
     x = torch.randn(2, 10, 32, requires_grad=True)
     weight = torch.randn(2, 10, 32)
     ours = layer(x)
@@ -120,6 +126,41 @@ def test_counts_tokens_of_training_forwards_only() -> None:
     layer(x)
     assert layer.tokens_per_expert is not None
     assert int(layer.tokens_per_expert.sum()) == 2 * 14 * CONFIG.num_experts_per_tok
+
+
+def test_sequence_loss_equals_its_formula_and_is_one_where_scores_are_even() -> None:
+    scores = torch.rand(3, 7, 6, requires_grad=True)
+    experts = torch.stack([torch.randperm(6)[:2] for _ in range(21)]).view(3, 7, 2)
+    weight = torch.autograd.grad(sequence_loss(scores, experts), scores)[0]
+    expected = torch.autograd.grad(sequence_loss_reference(scores, experts), scores)[0]
+    torch.testing.assert_close(sequence_loss(scores, experts), sequence_loss_reference(scores, experts))
+    torch.testing.assert_close(weight, expected)
+    assert sequence_loss(torch.full((2, 5, 4), 0.3), torch.zeros(2, 5, 1, dtype=torch.int64)).item() == pytest.approx(1)
+
+
+def test_sequence_loss_is_left_by_training_forwards_once_and_per_sequence() -> None:
+    layers = {str(i): make_layer(ModelConfig(aux_loss_alpha=0.5, **TINY)) for i in range(2)}
+    x = torch.randn(3, 6, 32)
+    for layer in layers.values():
+        layer.eval()(x)
+    assert take_sequence_losses(layers) is None
+    expected = []
+    for layer in layers.values():
+        layer.train()(x)
+        experts, _, scores = layer.gate(x.flatten(0, 1))
+        expected.append(0.5 * sequence_loss_reference(scores.view(3, 6, 4), experts.view(3, 6, 2)))
+    loss = take_sequence_losses(layers)
+    assert loss is not None
+    torch.testing.assert_close(loss, sum(expected))
+    loss.backward()
+    assert all(layer.gate.weight.grad is not None and layer.gate.weight.grad.norm() > 0 for layer in layers.values())
+    assert take_sequence_losses(layers) is None
+
+
+def test_without_an_auxiliary_loss_there_is_none() -> None:
+    layer = make_layer().train()
+    layer(torch.randn(2, 5, 32))
+    assert take_sequence_losses({"layer": layer}) is None
 
 
 class CountBalances(L.Callback):
