@@ -11,7 +11,7 @@ from typing import Any
 
 from examples.moe_lm.demo import environment
 
-__all__ = ["report", "time_alternating"]
+__all__ = ["report", "time_alternating", "write"]
 
 
 def time_alternating(
@@ -44,7 +44,11 @@ def report(title: str, seconds: Mapping[str, list[float]], baseline: str, path: 
         rows[name] = {"median_ms": 1e3 * median, "quartiles_ms": [1e3 * low, 1e3 * high], "ratio": median / reference}
         print(f"{name:28}{1e3 * median:>10.2f}{f'{1e3 * low:.2f} – {1e3 * high:.2f}':>18}{median / reference:>7.2f}")
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         rounds = len(next(iter(seconds.values())))
-        figures = {"title": title, "baseline": baseline, "rounds": rounds, "rows": rows, **more, **environment()}
-        path.write_text(json.dumps(figures, indent=2) + "\n")
+        write(path, title=title, baseline=baseline, rounds=rounds, rows=rows, **more)
+
+
+def write(path: Path, **figures: Any) -> None:
+    """Figures, with hardware, versions and commit, as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**figures, **environment()}, indent=2) + "\n")
