@@ -1,0 +1,179 @@
+"""What the experiments' commands share: their options, the runs, the tuned learning rates, and what is written."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from benchmarks.claims.description import Run
+from benchmarks.claims.pool import default_slots, run_all
+from benchmarks.claims.run import Outcome
+from benchmarks.claims.setting import GRIDS, MODEL, SEEDS, STEPS, TUNING_SEED, Setting
+from benchmarks.claims.tuning import Grid, Rates, Tuned, tune
+from examples.moe_lm.demo import environment
+from lightning_muon.checkpoint.atomic import replacing
+
+Results = dict[str, Any]
+"""What an experiment's JSON holds. Keys are strings, seeds too."""
+
+
+@dataclass
+class Laboratory:
+    """Where an experiment's runs are done.
+
+    Attributes:
+        setting: Their length and text.
+        seeds: Those that are reported.
+        grid: Where the search for learning rates begins.
+        max_growths: How often it may grow; ``None`` as often as it has to.
+        folder: Where finished runs are.
+        slots: The devices.
+        outcomes: All that was asked for, in order.
+    """
+
+    setting: Setting
+    seeds: Sequence[int]
+    grid: Grid
+    max_growths: int | None
+    folder: Path
+    slots: Sequence[str]
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+
+    def do(self, runs: Iterable[Run]) -> list[Outcome]:
+        """What came out of each."""
+        wanted = list(runs)
+        self.outcomes |= run_all(wanted, self.folder, self.slots)
+        return [self.outcomes[run.key] for run in wanted]
+
+    def do_arms(self, arms: Mapping[str, Mapping[int, Run]]) -> dict[str, dict[int, Outcome]]:
+        """The same for several arms of an experiment, each with a run for every seed."""
+        self.do(run for by_seed in arms.values() for run in by_seed.values())
+        return {arm: {s: self.outcomes[run.key] for s, run in by_seed.items()} for arm, by_seed in arms.items()}
+
+    def tune(self, one_rate: bool = False) -> dict[str, Tuned]:
+        """Muon's and AdamW's best learning rates, on a seed of its own; with ``one_rate``, AdamW's with a single rate
+        for everything as well, as ``"adamw_one_rate"``."""
+        grids = {"adamw": self.grid, "muon": self.grid}
+        if one_rate:
+            grids["adamw_one_rate"] = Grid(self.grid.lrs, (None,))
+
+        def losses_of(points: Sequence[tuple[str, Rates]]) -> list[float]:
+            runs = [self.setting.run(name.removesuffix("_one_rate"), rates, TUNING_SEED) for name, rates in points]
+            return [outcome.val_loss for outcome in self.do(runs)]
+
+        return tune(grids, losses_of, self.max_growths)
+
+
+def tuning_as_json(tuned: Mapping[str, Tuned]) -> Results:
+    """The searches, point by point; a diverged run has no loss."""
+    return {
+        name: {
+            "lr": one.best.lr,
+            "adamw_lr": one.best.adamw_lr,
+            "is_on_edge": one.is_on_edge,
+            "tried": [
+                {**rates._asdict(), "val_loss": None if loss == float("inf") else loss}
+                for rates, loss in one.losses.items()
+            ],
+        }
+        for name, one in tuned.items()
+    }
+
+
+def main(
+    documentation: str | None,
+    name: str,
+    experiment: Callable[[Laboratory], Results],
+    table: Callable[[Results], str],
+    draw: Callable[[Results, Path], None],
+    args: Sequence[str] | None = None,
+) -> Results:
+    """An experiment's command.
+
+    Args:
+        documentation: What ``--help`` says.
+        name: The experiment's.
+        experiment: Does the runs, and returns what goes into the JSON.
+        table: Says the results in Markdown.
+        draw: Makes the picture.
+        args: The command line.
+
+    Returns:
+        What was, or would be, written.
+    """
+    options = _parse(documentation, args)
+    setting = Setting(options.steps, None if options.files is None else tuple(options.files), options.val_windows)
+    slots = options.devices or default_slots()
+    kind = slots[0].split(":")[0]
+    laboratory = Laboratory(
+        setting, options.seeds, GRIDS[options.grid], options.max_growths, options.folder / kind, slots
+    )
+    found = experiment(laboratory)
+    described = {
+        "experiment": name,
+        **environment(),
+        "steps": setting.steps,
+        "seeds": list(options.seeds),
+        **found,
+        **_of_all(list(laboratory.outcomes.values())),
+    }
+    results: Results = json.loads(json.dumps(described))  # as whoever reads the file will have it
+    print("\n" + table(results))
+    if options.json is not None:
+        with replacing(options.json) as staged:
+            staged.write_text(json.dumps(results, indent=1) + "\n")
+    if options.picture is not None:
+        options.picture.parent.mkdir(parents=True, exist_ok=True)
+        draw(results, options.picture)
+    return results
+
+
+def _parse(documentation: str | None, args: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=STEPS, help="of a run at full length")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--grid", choices=tuple(GRIDS), default="full", help="where the search for rates begins")
+    parser.add_argument("--max-growths", type=int, default=None, help="end the search after so many, edge or not")
+    parser.add_argument("--devices", nargs="+", default=None, help="one for each process, 'cpu' or 'cuda:0'")
+    parser.add_argument("--folder", type=Path, default=Path("runs/claims"), help="finished runs are not repeated")
+    parser.add_argument("--files", nargs="+", default=None, help="the text; by default the standard library")
+    parser.add_argument("--val-windows", type=int, default=256, help="windows of validation text")
+    parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--picture", type=Path, default=None)
+    return parser.parse_args(args)
+
+
+def _of_all(outcomes: Sequence[Outcome]) -> Results:
+    """What every experiment says of its runs.
+
+    Raises:
+        ValueError: They did not all read the same text, so that nothing is paired.
+    """
+    texts = {outcome.figures["text_sha256"] for outcome in outcomes}
+    if len(texts) > 1:
+        raise ValueError(
+            f"the runs read {len(texts)} different texts ({', '.join(sorted(texts))}): Python was replaced in between?"
+            " Remove the older ones' folders and start again."
+        )
+    environments = [outcome.figures["environment"] for outcome in outcomes]
+    return {
+        "text_sha256": texts.pop() if texts else None,
+        "devices_of_runs": sorted({one["device"] for one in environments}),
+        "commits_of_runs": sorted({str(one["commit"]) for one in environments}),
+        "seconds_of_runs": round(sum(outcome.figures["seconds"] for outcome in outcomes)),
+        "model": dict(MODEL),
+        "runs": [_of_one(outcome) for outcome in outcomes],
+    }
+
+
+def _of_one(outcome: Outcome) -> Results:
+    """A run by what is not the default, and what came out."""
+    run = outcome.run
+    usual = {one.name: one.default for one in fields(run)} | {"model": dict(MODEL)}
+    described = {name: value for name, value in json.loads(run.to_json()).items() if getattr(run, name) != usual[name]}
+    figures = ("val_loss", "train_loss", "diverged", "seconds")
+    return {"key": run.key, **described, **{name: outcome.figures[name] for name in figures}}

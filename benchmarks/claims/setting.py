@@ -1,0 +1,77 @@
+"""What the experiments have in common: the model, the text's windows, the seeds, the grid, and which runs they share.
+
+The model is of the example's kind, as small as it can be with all its parts, so that 600 steps take half a minute on
+one core. A run that several experiments need is described once, here, and so is done once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from benchmarks.claims.description import Run
+from benchmarks.claims.tuning import Grid, Rates
+
+MODEL: Mapping[str, Any] = MappingProxyType(
+    {
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
+        "num_attention_heads": 2,
+        "attention": "mla",
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+        "intermediate_size": 256,
+        "moe_intermediate_size": 64,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "max_seq_len": 64,
+    }
+)
+STEPS = 600
+TUNING_SEED = 100  # not among those that are reported
+SEEDS = (1, 2, 3, 4, 5)
+GRIDS = {
+    "full": Grid((2e-3, 4e-3, 8e-3, 1.6e-2), (8e-3, 1.6e-2, 3.2e-2)),
+    "tiny": Grid((4e-3, 8e-3), (1.6e-2,)),  # to see that everything works
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a command may change: the length of the runs and the text, for tests and trials.
+
+    Attributes:
+        steps: Of a run at full length.
+        files: The text; ``None`` is the standard library.
+        val_windows: Windows of validation text.
+    """
+
+    steps: int = STEPS
+    files: tuple[str, ...] | None = None
+    val_windows: int = 256
+
+    def run(self, optimizer: str, rates: Rates, seed: int, steps: int | None = None, **others: Any) -> Run:
+        """A run of the common model; ``others`` are fields of `Run`."""
+        fields: dict[str, Any] = {"model": dict(MODEL), "files": self.files, "val_windows": self.val_windows, **others}
+        return Run(optimizer, rates.lr, rates.adamw_lr, steps or self.steps, seed, **fields)  # type: ignore[arg-type]
+
+    def reported(self, optimizer: str, rates: Rates, seeds: Sequence[int]) -> dict[int, Run]:
+        """The tuned runs at full length, by seed: what is measured of them and kept serves several experiments."""
+        every = max(1, self.steps // 10)
+        return {
+            seed: self.run(
+                optimizer,
+                rates,
+                seed,
+                measure=("updates", "weights", "spectra"),
+                measure_every=every,
+                keep_checkpoint=True,
+            )
+            for seed in seeds
+        }

@@ -1,0 +1,185 @@
+"""At which share of AdamW's steps Muon reaches AdamW's loss, both tuned.
+
+``python -m benchmarks.claims.steps_to_loss [--json benchmarks/results/steps_to_loss.json]
+[--picture docs/pictures/steps_to_loss.png]``
+
+Both optimizers are tuned over the same grid of two learning rates (of the matrices, of the rest) at full length, on a
+seed that is not reported; a grid grows until its best pair is inside. Then AdamW runs at full length and Muon at that
+and at shares of it, each to the end of a schedule of its own, from the same weights and over the same windows of text
+for each seed. Muon's shorter runs take the rates that were best at full length, which is a handicap for Muon.
+
+AdamW with one learning rate for everything, tuned as well, is what a naive comparison would take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.claims.command import Laboratory, Results, main, tuning_as_json
+from benchmarks.claims.crossing import crossing, smallest_sure
+from benchmarks.claims.figure import ADAMW, MUON, OTHER, frame, panels, with_seeds
+from benchmarks.claims.markdown import number, p_value, table
+from benchmarks.claims.paired import Spread, paired
+
+NAME = "steps_to_loss"
+SHARES = (0.4, 0.45, 0.5, 0.55, 0.6)
+CLAIMED_SHARE = 0.6
+
+Losses = Mapping[int, float]  # by seed
+
+
+def experiment(laboratory: Laboratory) -> Results:
+    """Tunes, and does the runs that are reported."""
+    tuned = laboratory.tune(one_rate=True)
+    setting, seeds = laboratory.setting, laboratory.seeds
+    steps = {share: round(share * setting.steps) for share in SHARES}
+    arms = {
+        "adamw": setting.reported("adamw", tuned["adamw"].best, seeds),
+        "adamw_one_rate": {s: setting.run("adamw", tuned["adamw_one_rate"].best, s) for s in seeds},
+        "muon": setting.reported("muon", tuned["muon"].best, seeds),
+        **{str(share): {s: setting.run("muon", tuned["muon"].best, s, n) for s in seeds} for share, n in steps.items()},
+    }
+    losses = {
+        arm: {seed: outcome.val_loss for seed, outcome in by_seed.items()}
+        for arm, by_seed in laboratory.do_arms(arms).items()
+    }
+    muon = {**{share: losses[str(share)] for share in SHARES}, 1.0: losses["muon"]}
+    return {
+        "tuning": tuning_as_json(tuned),
+        "val_loss": losses,
+        **summarize(muon, losses["adamw"], losses["adamw_one_rate"]),
+    }
+
+
+def summarize(muon: Mapping[float, Losses], adamw: Losses, one_rate: Losses) -> Results:
+    """What is said of the losses.
+
+    Args:
+        muon: By share of the steps and seed.
+        adamw: By seed, at full length.
+        one_rate: The same with one learning rate for everything.
+    """
+    return {
+        "against_adamw": {str(share): paired(losses, adamw).asdict() for share, losses in sorted(muon.items())},
+        "sure_share": smallest_sure(muon, adamw),
+        "step_ratio": _ratios(muon, adamw),
+        "one_rate_against_adamw": paired(one_rate, adamw).asdict(),
+        "sure_share_against_one_rate": smallest_sure(muon, one_rate),
+        "step_ratio_against_one_rate": _ratios(muon, one_rate),
+    }
+
+
+def _ratios(muon: Mapping[float, Losses], target: Losses) -> dict[str, Any]:
+    """For each seed the share of the steps at which Muon has reached the target, and how these spread."""
+    found = {seed: crossing({share: losses[seed] for share, losses in muon.items()}, target[seed]) for seed in target}
+    reached = [one.share for one in found.values() if one.share is not None]
+    spread = Spread.of(reached) if reached else None
+    return {
+        "by_seed": {seed: one.share for seed, one in found.items()},
+        "seeds_at_or_below_the_smallest_share": [seed for seed, one in found.items() if one.is_bound],
+        "seeds_never": [seed for seed, one in found.items() if one.share is None],
+        "mean": None if spread is None else spread.mean,
+        "sd": None if spread is None else spread.sd,
+    }
+
+
+def tables(results: Results) -> str:
+    """The results in Markdown."""
+    losses, tuning, seeds = results["val_loss"], results["tuning"], [str(seed) for seed in results["seeds"]]
+    header = ["", "steps", *(f"seed {seed}" for seed in seeds), "mean ± sd", "minus AdamW", "seeds below", "p of below"]
+    rows = [
+        _row("AdamW", results["steps"], losses["adamw"], seeds, None),
+        _row("AdamW, one rate", results["steps"], losses["adamw_one_rate"], seeds, results["one_rate_against_adamw"]),
+    ]
+    for share, difference in sorted(results["against_adamw"].items(), key=lambda pair: -float(pair[0])):
+        arm = "muon" if float(share) == 1 else share
+        steps = round(float(share) * results["steps"])
+        rows.append(_row(f"Muon, {100 * float(share):.0f} %", steps, losses[arm], seeds, difference))
+    rates = [
+        [_ARMS[arm], f"{one['lr']:g}", "the same" if one["adamw_lr"] is None else f"{one['adamw_lr']:g}",
+         f"{len(one['tried'])}", "yes" if one["is_on_edge"] else "no"]
+        for arm, one in tuning.items()
+    ]  # fmt: skip
+    return "\n\n".join(
+        [
+            table(header, rows),
+            table(["tuned", "rate of the matrices", "of the rest", "pairs tried", "best on the edge"], rates),
+            "\n".join(findings(results)),
+        ]
+    )
+
+
+_ARMS = {"adamw": "AdamW", "adamw_one_rate": "AdamW, one rate", "muon": "Muon"}
+
+
+def _row(
+    name: str, steps: int, losses: Mapping[str, float], seeds: Sequence[str], difference: Mapping[str, Any] | None
+) -> list[str]:
+    compared = ["", "", ""]
+    if difference is not None:
+        below = f"{difference['seeds_below']} of {len(seeds)}"
+        compared = [number(difference["mean"], sign=True), below, p_value(difference["p_below"])]
+    spread = Spread.of(list(losses.values())).text()
+    return [name, str(steps), *(number(losses[seed]) for seed in seeds), spread, *compared]
+
+
+def findings(results: Results) -> list[str]:
+    """What was seen of the claim, and what was not, a sentence each."""
+    number_of_seeds = len(results["seeds"])
+    claimed = results["against_adamw"][str(CLAIMED_SHARE)]
+    is_seen = claimed["mean"] < 0 and claimed["seeds_below"] == number_of_seeds
+    sure, ratio = results["sure_share"], results["step_ratio"]
+    naive, trap = results["step_ratio_against_one_rate"], results["one_rate_against_adamw"]
+    said = [
+        f"- {'Seen' if is_seen else 'Not seen'}: tuned Muon at {100 * CLAIMED_SHARE:.0f} % of the steps below tuned"
+        f" AdamW at all of them, in every seed. The mean difference is {number(claimed['mean'], sign=True)}, below zero"
+        f" in {claimed['seeds_below']} of {number_of_seeds} seeds."
+    ]
+    if sure is None:
+        said.append("- At no share of the steps that was tried was Muon below AdamW in every seed.")
+    else:
+        said.append(f"- The smallest share that was tried with Muon below AdamW in every seed is {100 * sure:.0f} %.")
+    said.append(f"- By interpolation, Muon reaches AdamW's loss at {_ratio_text(ratio, number_of_seeds)}.")
+    said.append(
+        f"- The trap: AdamW with one learning rate for everything differs from AdamW with two by"
+        f" {number(trap['mean'], sign=True)}. Against it, Muon would have needed {_ratio_text(naive, number_of_seeds)}."
+    )
+    return said
+
+
+def _ratio_text(ratio: Mapping[str, Any], seeds: int) -> str:
+    if ratio["mean"] is None:
+        return "no share of the steps that was tried: it never did"
+    spread = f"{100 * ratio['mean']:.1f}" + ("" if ratio["sd"] is None else f" ± {100 * ratio['sd']:.1f}")
+    text = f"{spread} % of its steps (mean ± sd over the seeds)"
+    if bounds := ratio["seeds_at_or_below_the_smallest_share"]:
+        text += f", an upper bound: {len(bounds)} of {seeds} seeds were there at the smallest share already"
+    if never := ratio["seeds_never"]:
+        text += f", without {len(never)} of {seeds} seeds, which never did"
+    return text
+
+
+def draw(results: Results, path: Path) -> None:
+    """Muon's loss over the share of the steps, against AdamW's two."""
+    losses, seeds = results["val_loss"], list(results["val_loss"]["adamw"])
+    shares = [*(str(share) for share in SHARES), "muon"]
+    x = [100 * share for share in (*SHARES, 1.0)]
+    with panels(path, 1, width=7) as (axes,):
+        with_seeds(axes, x, [[losses[share][s] for share in shares] for s in seeds], color=MUON, label="Muon")
+        for arm, colour in (("adamw_one_rate", OTHER), ("adamw", ADAMW)):
+            values = list(losses[arm].values())
+            axes.axhspan(min(values), max(values), color=colour, alpha=0.15, linewidth=0)
+            axes.axhline(sum(values) / len(values), color=colour, linewidth=1.8, label=f"{_ARMS[arm]}, all steps")
+        frame(
+            axes,
+            f"steps of the run, % of AdamW's {results['steps']}",
+            "validation loss at its end, nats per byte",
+            f"every point a run with a schedule of its own; {len(seeds)} seeds, bands from the lowest to the highest",
+        )
+        axes.legend(frameon=False)
+
+
+if __name__ == "__main__":
+    main(__doc__, NAME, experiment, tables, draw)

@@ -1,0 +1,104 @@
+"""Two learning rates by a full grid, which grows until the best pair is not on its edge."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Rates(NamedTuple):
+    """The learning rates of the matrices and of the rest; ``None`` is the same for all."""
+
+    lr: float
+    adamw_lr: float | None
+
+    def times(self, number: float) -> Rates:
+        """The matrices' rate so many times as high, the rest's as it is."""
+        return Rates(self.lr * number, self.adamw_lr)
+
+    def text(self) -> str:
+        """For tables."""
+        return f"{self.lr:g}" if self.adamw_lr is None else f"{self.lr:g}, {self.adamw_lr:g}"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All pairs of two lists of learning rates, each ascending by factors of two.
+
+    Attributes:
+        lrs: Of the matrices.
+        adamw_lrs: Of the rest; ``(None,)`` is one rate for everything, and no dimension to grow in.
+    """
+
+    lrs: tuple[float, ...]
+    adamw_lrs: tuple[float | None, ...]
+
+    def points(self) -> list[Rates]:
+        """All pairs."""
+        return [Rates(lr, adamw_lr) for lr, adamw_lr in itertools.product(self.lrs, self.adamw_lrs)]
+
+    def around(self, best: Rates) -> Grid:
+        """The grid itself if ``best`` is inside; else with one more value on each side where ``best`` is the last."""
+        return Grid(_grown(self.lrs, best.lr), _grown(self.adamw_lrs, best.adamw_lr))
+
+
+def _grown(values: tuple[float | None, ...] | tuple[float, ...], best: float | None) -> tuple[float, ...]:
+    if best is None:
+        return values  # type: ignore[return-value]
+    known = [value for value in values if value is not None]
+    lower = (known[0] / 2,) if best == known[0] else ()
+    higher = (known[-1] * 2,) if best == known[-1] else ()
+    return (*lower, *known, *higher)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a search has found.
+
+    Attributes:
+        best: The pair with the lowest loss.
+        losses: Of every pair that was tried; infinite where training diverged.
+        is_on_edge: The search was ended before the best pair was inside.
+    """
+
+    best: Rates
+    losses: dict[Rates, float]
+    is_on_edge: bool
+
+
+def tune(
+    grids: Mapping[str, Grid],
+    losses_of: Callable[[Sequence[tuple[str, Rates]]], Sequence[float]],
+    max_growths: int | None = None,
+) -> dict[str, Tuned]:
+    """Searches several grids by the same rule, in rounds, so that all their runs can be done at once.
+
+    Args:
+        grids: Where each search begins, by its name.
+        losses_of: The losses of pairs of a search's name and rates; what was asked for before is not asked for again.
+        max_growths: Rounds after the first; ``None`` goes on until every search's best pair is inside its grid.
+
+    Raises:
+        ValueError: All of a search's runs diverged.
+    """
+    losses: dict[str, dict[Rates, float]] = {name: {} for name in grids}
+    current, growths = dict(grids), 0
+    while True:
+        new = [(name, point) for name, grid in current.items() for point in grid.points() if point not in losses[name]]
+        for (name, point), loss in zip(new, losses_of(new), strict=True):
+            losses[name][point] = loss
+        best = {name: _best(name, found) for name, found in losses.items()}
+        grown = {name: grid.around(best[name]) for name, grid in current.items()}
+        if grown == current or growths == max_growths:
+            return {name: Tuned(best[name], losses[name], grown[name] != current[name]) for name in grids}
+        current, growths = grown, growths + 1
+
+
+def _best(name: str, losses: Mapping[Rates, float]) -> Rates:
+    best = min(losses, key=lambda point: losses[point])
+    if not math.isfinite(losses[best]):
+        raise ValueError(f"tune: every run of {name!r} diverged: {[point.text() for point in losses]}")
+    return best

@@ -1,0 +1,110 @@
+"""Steps to AdamW's loss: what is made of losses that are known, and the whole command on a few steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.claims import steps_to_loss
+from benchmarks.claims.steps_to_loss import findings, summarize, tables
+from tests.claims.conftest import ROOT
+
+ADAMW = {1: 1.50, 2: 1.52, 3: 1.54}
+ONE_RATE = {1: 1.70, 2: 1.72, 3: 1.74}
+
+
+def muon(at_60: dict[int, float]) -> dict[float, dict[int, float]]:
+    others = {0.4: 1.75, 0.45: 1.70, 0.5: 1.65, 0.55: 1.60, 1.0: 1.40}
+    return {**{share: dict.fromkeys(ADAMW, loss) for share, loss in others.items()}, 0.6: at_60}
+
+
+def results(at_60: dict[int, float]) -> dict:
+    """As they come out of the file."""
+    losses = muon(at_60)
+    found = {
+        "steps": 600,
+        "seeds": [1, 2, 3],
+        "tuning": {
+            name: {"lr": 4e-3, "adamw_lr": 1.6e-2, "is_on_edge": False, "tried": []}
+            for name in ("adamw", "muon", "adamw_one_rate")
+        },
+        "val_loss": {"adamw": ADAMW, "adamw_one_rate": ONE_RATE, "muon": losses[1.0]}
+        | {str(share): by_seed for share, by_seed in losses.items() if share < 1},
+        **summarize(losses, ADAMW, ONE_RATE),
+    }
+    return json.loads(json.dumps(found))
+
+
+def test_claim_that_is_seen() -> None:
+    found = results({1: 1.49, 2: 1.51, 3: 1.50})
+    assert found["against_adamw"]["0.6"]["mean"] == pytest.approx(-0.02)
+    assert found["against_adamw"]["0.6"]["seeds_below"] == 3
+    assert found["sure_share"] == 0.6
+    # straight lines from 1.60 at 55 % to the losses at 60 %
+    by_seed = {"1": 0.55 + 0.05 * 0.10 / 0.11, "2": 0.55 + 0.05 * 0.08 / 0.09, "3": 0.55 + 0.05 * 0.06 / 0.10}
+    assert found["step_ratio"]["by_seed"] == pytest.approx(by_seed)
+    assert found["step_ratio"]["mean"] == pytest.approx(sum(by_seed.values()) / 3)
+    assert found["one_rate_against_adamw"]["mean"] == pytest.approx(0.2)
+    assert found["sure_share_against_one_rate"] == 0.5
+    assert found["step_ratio_against_one_rate"]["by_seed"] == pytest.approx({"1": 0.45, "2": 0.43, "3": 0.41})
+    said = findings(found)
+    assert said[0].startswith("- Seen: ")
+    assert "is 60 %" in said[1]
+
+
+@pytest.mark.parametrize(
+    "at_60",
+    [
+        {1: 1.51, 2: 1.40, 3: 1.40},  # one seed above
+        {1: 1.55, 2: 1.55, 3: 1.55},
+    ],
+)
+def test_claim_that_is_not_seen(at_60: dict[int, float]) -> None:
+    said = findings(results(at_60))
+    assert said[0].startswith("- Not seen: ")
+    assert "is 100 %" in said[1]
+
+
+def test_bounds_and_what_is_never_reached_are_said() -> None:
+    found = results(dict.fromkeys(ADAMW, 1.58))
+    never = {share: dict.fromkeys(ADAMW, 2.0) for share in muon({})}
+    found |= json.loads(json.dumps(summarize({**never, 0.4: {1: 1.0, 2: 2.0, 3: 2.0}}, ADAMW, ONE_RATE)))
+    said = " ".join(findings(found))
+    assert "At no share of the steps" in said
+    assert "1 of 3 seeds were there at the smallest share already" in said
+    assert "without 2 of 3 seeds, which never did" in said
+
+
+def test_table_has_every_loss() -> None:
+    text = tables(results({1: 1.491, 2: 1.512, 3: 1.503}))
+    assert "| Muon, 60 % | 360 | 1.491 | 1.512 | 1.503 | 1.502 ± 0.011 | -0.018 | 3 of 3 |" in text
+    assert "| AdamW | 600 | 1.500 | 1.520 | 1.540 | 1.520 ± 0.020 |  |  |  |" in text
+
+
+def test_whole_command(tmp_path: Path) -> None:
+    """Every run of it, on a few steps of the real model; again, nothing is trained."""
+    command = [sys.executable, "-m", steps_to_loss.__name__, "--steps", "20", "--grid", "tiny", "--max-growths", "0"]
+    command += ["--seeds", "1", "2", "--val-windows", "16", "--files", str(ROOT / "docs"), "--devices", "cpu", "cpu"]
+    command += ["--folder", str(tmp_path / "runs"), "--json", "found.json", "--picture", "pictures/found.png"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    out = [
+        subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    ]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert tables(found) in out[0]
+    assert tables(found) in out[1]
+    assert "16 of 16 runs are done already" in out[1]
+    assert "[" not in out[1]
+    assert (tmp_path / "pictures" / "found.png").stat().st_size > 10_000
+    assert len(found["runs"]) == 22
+    assert {run["steps"] for run in found["runs"]} == {20, 12, 11, 10, 9, 8}
+    assert {run["seed"] for run in found["runs"] if run["steps"] < 20} == {1, 2}
+    assert found["commit"] in (None, *found["commits_of_runs"])
+    losses = [run["val_loss"] for run in found["runs"] if run["optimizer"] == "adamw" and run["seed"] == 1]
+    assert losses == [found["val_loss"]["adamw"]["1"], found["val_loss"]["adamw_one_rate"]["1"]]
