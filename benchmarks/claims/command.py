@@ -32,6 +32,7 @@ class Laboratory:
         max_growths: How often it may grow; ``None`` as often as it has to.
         folder: Where finished runs are.
         slots: The devices.
+        options: The command line, for what an experiment adds to it.
         outcomes: All that was asked for, in order.
     """
 
@@ -41,6 +42,7 @@ class Laboratory:
     max_growths: int | None
     folder: Path
     slots: Sequence[str]
+    options: argparse.Namespace
     outcomes: dict[str, Outcome] = field(default_factory=dict)
 
     def do(self, runs: Iterable[Run]) -> list[Outcome]:
@@ -91,6 +93,7 @@ def main(
     table: Callable[[Results], str],
     draw: Callable[[Results, Path], None],
     args: Sequence[str] | None = None,
+    add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
 ) -> Results:
     """An experiment's command.
 
@@ -101,16 +104,17 @@ def main(
         table: Says the results in Markdown.
         draw: Makes the picture.
         args: The command line.
+        add_options: Adds options of the experiment's own, which it finds in ``laboratory.options``.
 
     Returns:
         What was, or would be, written.
     """
-    options = _parse(documentation, args)
+    options = _parse(documentation, args, add_options)
     setting = Setting(options.steps, None if options.files is None else tuple(options.files), options.val_windows)
     slots = options.devices or default_slots()
     kind = slots[0].split(":")[0]
     laboratory = Laboratory(
-        setting, options.seeds, GRIDS[options.grid], options.max_growths, options.folder / kind, slots
+        setting, options.seeds, GRIDS[options.grid], options.max_growths, options.folder / kind, slots, options
     )
     found = experiment(laboratory)
     described = {
@@ -132,7 +136,9 @@ def main(
     return results
 
 
-def _parse(documentation: str | None, args: Sequence[str] | None) -> argparse.Namespace:
+def _parse(
+    documentation: str | None, args: Sequence[str] | None, add_options: Callable[[argparse.ArgumentParser], None]
+) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=STEPS, help="of a run at full length")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
@@ -144,6 +150,7 @@ def _parse(documentation: str | None, args: Sequence[str] | None) -> argparse.Na
     parser.add_argument("--val-windows", type=int, default=256, help="windows of validation text")
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--picture", type=Path, default=None)
+    add_options(parser)
     return parser.parse_args(args)
 
 
