@@ -57,6 +57,7 @@ def geometry(width: int) -> dict[str, Any]:
         "num_experts_per_tok": 2,
         "n_shared_experts": 1,
         "max_seq_len": 64,
+        "initializer_range": width**-0.5,
     }
 
 

@@ -31,6 +31,8 @@ MODEL: Mapping[str, Any] = MappingProxyType(
         "num_experts_per_tok": 2,
         "n_shared_experts": 1,
         "max_seq_len": 64,
+        # 1/√width. The 0.02 of models 2,048 wide and more would leave AdamW 0.05 nats behind here, and Muon 0.01.
+        "initializer_range": 0.125,
     }
 )
 STEPS = 600
