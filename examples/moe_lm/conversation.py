@@ -63,6 +63,13 @@ class Encoder:
             raise ValueError("the assistant says nothing: there is nothing to learn")
         return Example(torch.tensor(ids), torch.tensor(is_target))
 
+    def pieces(self, text: str, seq_len: int) -> list[Example]:
+        """A text on its own, cut into examples of ``seq_len`` targets: every token but the first is a target once."""
+        ids_T = torch.tensor([*self.start, *self.encode(text), *self.end])
+        cuts = range(0, max(1, len(ids_T) - 1), seq_len)
+        pieces = [ids_T[cut : cut + seq_len + 1] for cut in cuts]
+        return [Example(piece, torch.arange(len(piece)) > 0) for piece in pieces if len(piece) > 1]
+
     def _segments(self, messages: Sequence[Message]) -> Iterator[tuple[str, bool]]:
         written = ""
         for number, message in enumerate(messages):
@@ -115,7 +122,7 @@ def tokenizer_encoder(folder: str, *, trust_remote_code: bool = False) -> Encode
 
 
 def messages_of(record: Any) -> list[Message]:
-    """The conversation in ``{"prompt": …, "response": …}`` or ``{"messages": [{"role": …, "content": …}, …]}``.
+    """The conversation of ``{"prompt": …, "response": …}`` or ``{"messages": [{"role": …, "content": …}, …]}``.
 
     Raises:
         ValueError: It is neither.
@@ -131,7 +138,7 @@ def messages_of(record: Any) -> list[Message]:
     if isinstance(record, dict) and all(isinstance(record.get(key), str) for key in ("prompt", "response")):
         prompt, response = record["prompt"], record["response"]
         return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-    raise ValueError('expected {"prompt": …, "response": …} or {"messages": […]}, all text')
+    raise ValueError('expected {"prompt": …, "response": …}, {"messages": […]} or {"text": …}, all text')
 
 
 def _plain(messages: Sequence[Message], asks: bool) -> str:

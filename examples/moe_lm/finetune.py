@@ -1,4 +1,4 @@
-"""Fine-tunes a checkpoint on conversations, with Muon or AdamW; the loss is on the answers alone.
+"""Fine-tunes a checkpoint on conversations, with Muon or AdamW, the loss on answers alone; or trains it on, on texts.
 
 ``python examples/moe_lm/finetune.py CKPT [--data FILE.jsonl …] [--tokenizer DIR] [--optimizer muon] [--lr 5e-5]``
 """
@@ -136,6 +136,7 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
         "--adamw-lr", type=float, default=None, help="of embedding, head and norms; by default the same"
     )
     parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--warmup-fraction", type=float, default=0.03, help="share of the steps")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--max-steps", type=int, default=-1, help="optimizer steps in place of epochs")
     parser.add_argument("--seq-len", type=int, default=256, help="longer conversations are left out")
@@ -170,6 +171,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         lr=options.lr,
         adamw_lr=options.adamw_lr,
         weight_decay=options.weight_decay,
+        warmup_fraction=options.warmup_fraction,
         epochs=options.epochs,
         max_steps=options.max_steps,
         seed=options.seed,

@@ -47,6 +47,8 @@ def collate(examples: Sequence[Example]) -> InstructionBatch:
 def read_conversations(files: Sequence[str]) -> list[Document]:
     """The lines of JSON Lines files, named by what is asked in them, so that a question is on one side of a split.
 
+    A line may be a text of its own, too: ``{"text": …}``.
+
     Raises:
         ValueError: A line is no conversation; the text names it.
     """
@@ -56,22 +58,29 @@ def read_conversations(files: Sequence[str]) -> list[Document]:
             if not line.strip():
                 continue
             try:
-                messages = messages_of(json.loads(line))
+                record = json.loads(line)
+                text = _text_of(record)
+                asked = [m["content"] for m in messages_of(record) if m["role"] == "user"] if text is None else [text]
             except ValueError as error:  # JSON's, too
                 raise ValueError(f"{file}, line {number}: {error}") from error
-            asked = [message["content"] for message in messages if message["role"] == "user"]
             found.append(Document(json.dumps(asked[:1]), line.encode()))
     return found
+
+
+def _text_of(record: Any) -> str | None:
+    text = record.get("text") if isinstance(record, dict) else None
+    return text if isinstance(text, str) else None
 
 
 class InstructionDataModule(L.LightningDataModule):
     """Batches of conversations; the global batch holds the same ones for any number of ranks.
 
-    Conversations that are longer than ``seq_len`` are left out: a cut answer would teach to stop early.
+    Conversations that are longer than ``seq_len`` are left out: one that is cut would teach half of an answer. Texts
+    are cut into pieces, and all of their tokens are targets.
 
     Args:
-        files: JSON Lines, ``{"prompt": …, "response": …}`` or ``{"messages": [{"role": …, "content": …}, …]}``;
-            ``None`` takes the standard library's functions and their docstrings.
+        files: JSON Lines, ``{"prompt": …, "response": …}``, ``{"messages": [{"role": …, "content": …}, …]}`` or
+            ``{"text": …}``; ``None`` takes the standard library's functions and their docstrings.
         tokenizer: Folder of a Hugging Face tokenizer; ``None`` takes bytes.
         trust_remote_code: Let the tokenizer run Python files of its folder.
         seq_len: Tokens to predict per conversation, at most.
@@ -119,7 +128,6 @@ class InstructionDataModule(L.LightningDataModule):
         )
         train, val = self._records()
         train_set, val_set = self._encode(train, encoder), self._encode(val, encoder)
-        self.num_too_long = len(train) + len(val) - len(train_set) - len(val_set)
         if len(train_set) < self.batch_size or not val_set:
             raise ValueError(
                 f"InstructionDataModule: {len(train_set)} conversations to train on and {len(val_set)} to validate on"
@@ -171,5 +179,15 @@ class InstructionDataModule(L.LightningDataModule):
         return [json.loads(line.content) for line in train], [json.loads(line.content) for line in val]
 
     def _encode(self, records: Sequence[Any], encoder: Encoder) -> list[Example]:
-        examples = [encoder(messages_of(record)) for record in records]
-        return [example for example in examples if len(example.ids_T) <= self.seq_len + 1]
+        kept = []
+        for record in records:
+            text = _text_of(record)
+            if text is not None:
+                kept += encoder.pieces(text, self.seq_len)
+                continue
+            example = encoder(messages_of(record))
+            if len(example.ids_T) <= self.seq_len + 1:
+                kept.append(example)
+            else:
+                self.num_too_long += 1
+        return kept

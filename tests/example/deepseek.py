@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from examples.moe_lm.config import ModelConfig
 
-# Moonlight-16B-A3B's config.json, without what names files of code and tokens.
+# Moonlight-16B-A3B's config.json: the published geometry, and the other keys that a file of its kind has.
 MOONLIGHT: dict[str, Any] = {
     "architectures": ["DeepseekV3ForCausalLM"],
     "attention_bias": False,

@@ -188,6 +188,19 @@ def test_a_question_is_on_one_side_whatever_the_answers(tmp_path: Path) -> None:
     assert len(asked[1]) > 5
 
 
+def test_texts_are_cut_and_every_token_but_the_first_is_a_target_once(tmp_path: Path) -> None:
+    texts = ["abcdefghij" * 3, "xyz", ""]
+    for seq_len in (7, 8, 31, 100):
+        pieces = byte_encoder().pieces(texts[0], seq_len)
+        assert max(len(piece.ids_T) for piece in pieces) <= seq_len + 1
+        ids = [SEPARATOR, *texts[0].encode(), SEPARATOR]
+        assert [token for piece in pieces for token in piece.ids_T[1:].tolist()] == ids[1:]
+        assert all(piece.is_target_T[1:].all() and not piece.is_target_T[0] for piece in pieces)
+    file = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    data = InstructionDataModule([file], seq_len=8, batch_size=1, val_fraction=0.4)
+    assert data.describe()["train_targets"] + data.describe()["val_targets"] == sum(len(t) + 1 for t in texts)
+
+
 def test_a_bad_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "a", "response": "b"}\n{"prompt": 3}\n')

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-import lightning_muon as lm
 from examples.moe_lm import convert
 from examples.moe_lm.config import ModelConfig
 from examples.moe_lm.hugging_face.configuration import from_hugging_face
-from examples.moe_lm.hugging_face.convert import empty_model, from_hf, to_hf
-from examples.moe_lm.hugging_face.keys import check_keys, parts_of
+from examples.moe_lm.hugging_face.convert import from_hf, to_hf
 from examples.moe_lm.model import MoELM, next_token_nll
 from lightning_muon.checkpoint.files import verify_file
 
@@ -35,7 +32,6 @@ from tests.example.deepseek import (  # noqa: E402 (needs safetensors, which tra
     MOONLIGHT,
     config_of,
     make,
-    published_keys,
     tensors_of,
 )
 
@@ -219,26 +215,6 @@ def test_shards_in_and_out(tmp_path: Path) -> None:
     assert torch.equal(back(ids).logits, model(ids).logits)
 
 
-def test_moonlights_configuration_and_every_key_of_it(tmp_path: Path) -> None:
-    config = from_hugging_face(MOONLIGHT)
-    total, active = config.num_parameters(embeddings=False)
-    assert (total, active) == (15_289_019_904, 2_243_685_888)  # 15.289 and, without norms and biases, 2.2436 billion
-    assert (config.q_lora_rank, config.max_seq_len, config.rope_theta) == (None, 8192, 50_000.0)
-    model = empty_model(config)
-    assert sum(p.numel() for p in model.parameters()) == config.num_parameters().total
-
-    published = published_keys(config)
-    assert len(published) == 3 + 27 * 7 + 3 + 26 * (64 * 3 + 3 + 2)
-    parts = [
-        part
-        for name, tensor in model.state_dict().items()
-        for part in parts_of(name, tuple(tensor.shape), published.keys())
-    ]
-    used = [part.key for part in parts]
-    assert sorted(used) == sorted(published)  # each once
-    check_keys(parts, published, ())
-
-
 def test_other_files_come_along_and_code_only_when_asked(tmp_path: Path) -> None:
     make(tmp_path / "hf")
     config = {**config_of(tmp_path / "hf"), "auto_map": {"AutoConfig": "configuration_x.X"}, "bos_token_id": 7}
@@ -291,161 +267,6 @@ def test_layers_that_predict_further_tokens_are_left_out_and_said(
     to_hf(tmp_path / "model.ckpt", tmp_path / "back", like=tmp_path / "hf")
     assert equal(tensors_of(tmp_path / "back"), plain)
     assert config_of(tmp_path / "back")["num_nextn_predict_layers"] == 0
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"model_type": "deepseek_v2"}, "model_type='deepseek_v2'"),
-        ({"scoring_func": "softmax"}, "scoring_func='softmax'"),
-        ({"topk_method": "greedy"}, "topk_method"),
-        ({"rope_scaling": {"type": "yarn", "factor": 40}}, "rope type 'yarn'"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope type 'yarn'"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config .fp8.: convert"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"moe_layer_freq": 2}, "moe_layer_freq"),
-        ({"num_key_value_heads": 4}, "num_key_value_heads=4"),
-        ({"seq_aux": False}, "seq_aux"),
-        ({"hidden_size": None}, "hidden_size=None"),
-        ({"n_group": 3}, "n_group=3 must divide"),
-        ({"rope_theta": None}, "rope_theta=None"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_what_the_model_cannot_be_is_refused(change: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        from_hugging_face({**MOONLIGHT, **change})
-
-
-def test_all_that_is_wrong_is_said_at_once() -> None:
-    with pytest.raises(ValueError, match=r"hidden_act.*; .*vocab_size=None.*; q_lora_rank is missing"):
-        from_hugging_face({k: v for k, v in (MOONLIGHT | {"hidden_act": "gelu"}).items() if k[:2] not in ("vo", "q_")})
-
-
-def break_folder(folder: Path, how: str) -> None:
-    from safetensors.torch import load_file, save_file
-
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
-    first = sorted(folder.glob("*.safetensors"))[0]
-    tensors = load_file(first)
-    norm = "model.norm.weight"
-    holder = folder / index["weight_map"][norm]
-    if how == "absent file":
-        first.unlink()
-    elif how == "torn file":
-        first.write_bytes(first.read_bytes()[:-100])
-    elif how == "key of the index nowhere":
-        index["weight_map"]["nothing"] = first.name
-    elif how == "key twice":
-        save_file(tensors | {norm: load_file(holder)[norm]}, first)
-    elif how == "both forms":
-        fused = {"model.layers.1.mlp.experts.gate_up_proj": torch.zeros(8, 32, 32)}
-        index["weight_map"] |= dict.fromkeys(fused, first.name)
-        save_file(tensors | fused, first)
-    elif how == "missing":
-        save_file({k: v for k, v in load_file(holder).items() if k != norm} | {"other": torch.zeros(1)}, holder)
-        del index["weight_map"][norm]
-        index["weight_map"]["other"] = holder.name
-    elif how == "shape":
-        save_file(load_file(holder) | {norm: torch.zeros(33)}, holder)
-    elif how == "float8":
-        save_file(load_file(holder) | {norm: torch.zeros(32).to(torch.float8_e4m3fn)}, holder)
-    elif how == "scale":
-        save_file(load_file(holder) | {f"{norm}_scale_inv": torch.zeros(1)}, holder)
-        index["weight_map"][f"{norm}_scale_inv"] = holder.name
-    elif how == "outside":
-        shutil.move(first, folder.parent / first.name)
-        index["weight_map"] = {k: f"../{first.name}" if v == first.name else v for k, v in index["weight_map"].items()}
-    elif how == "no index":
-        (folder / "model.safetensors.index.json").unlink()
-        return
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-@pytest.mark.parametrize(
-    ("how", "said"),
-    [
-        ("absent file", r"lacks 1 of its \d+ files of weights: model-00001-of-\d+.safetensors. Download"),
-        ("torn file", r"model-00001-of-\d+.safetensors is cut off"),
-        ("key of the index nowhere", "do not agree .*: nothing"),
-        ("key twice", r"do not agree .*: .*model\.norm\.weight"),
-        ("both forms", r"16 unexpected: model.layers.1.mlp.experts.0.gate_proj.weight, .* and 8 more"),
-        ("missing", r"1 missing: model.norm.weight; 1 unexpected: other"),
-        ("shape", r"1 of another shape: model.norm.weight is \(33,\), expected \(32,\)"),
-        ("float8", r"model.norm.weight \(F8_E4M3\)"),
-        ("scale", "weight_scale_inv belongs to 8-bit weights"),
-        ("outside", "names files outside the folder"),
-        ("no index", "neither model.safetensors nor"),
-    ],
-)
-def test_a_folder_that_is_not_right_is_one_error_and_nothing_is_written(
-    tmp_path: Path, how: str, said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    make(tmp_path / "hf", max_shard_size="20KB")
-    break_folder(tmp_path / "hf", how)
-    target = tmp_path / "out/model.ckpt"
-    with pytest.raises(ValueError, match=said):
-        from_hf(tmp_path / "hf", target)
-    assert not target.parent.exists()
-    capsys.readouterr()  # transformers' progress bars
-    assert convert.main(["from-hf", str(tmp_path / "hf"), str(target)]) == 1
-    assert capsys.readouterr().err.startswith("convert.py: ")
-
-
-def test_an_old_checkpoint_survives_a_failing_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make(tmp_path / "hf")
-    (tmp_path / "out").mkdir()
-    target = tmp_path / "out/model.ckpt"
-    target.write_text("the old one")
-
-    def fail(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="intact"):
-        from_hf(tmp_path / "hf", target)
-    assert [path.name for path in target.parent.iterdir()] == ["model.ckpt"]
-    assert target.read_text() == "the old one"
-
-
-def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
-    make(tmp_path / "hf")
-    from_hf(tmp_path / "hf", tmp_path / "model.ckpt")
-    with pytest.raises(ValueError, match="choose another name"):
-        to_hf(tmp_path / "model.ckpt", tmp_path / "hf")
-    with pytest.raises(lm.CheckpointError, match="There is no such checkpoint"):
-        to_hf(tmp_path / "nothing.ckpt", tmp_path / "new")
-    with pytest.raises(ValueError, match="folder of shards"):
-        to_hf(tmp_path / "hf", tmp_path / "new")
-    content = torch.load(tmp_path / "model.ckpt", weights_only=True)
-    content["hyper_parameters"]["config"]["attention"] = "gqa"
-    save(content, tmp_path / "gqa.ckpt")
-    with pytest.raises(ValueError, match="q_proj"):
-        to_hf(tmp_path / "gqa.ckpt", tmp_path / "new")
-    model = MoELM(ModelConfig(attention="gqa", hidden_size=32, num_hidden_layers=2))
-    save({"hyper_parameters": dict(model.hparams), "state_dict": model.state_dict()}, tmp_path / "gqa.ckpt")
-    with pytest.raises(ValueError, match="attention='gqa'"):
-        to_hf(tmp_path / "gqa.ckpt", tmp_path / "new")
-    save({"weights": 1}, tmp_path / "other.ckpt")
-    with pytest.raises(ValueError, match="no checkpoint of MoELM"):
-        to_hf(tmp_path / "other.ckpt", tmp_path / "new")
-    assert not (tmp_path / "new").exists()
-
-
-def save(content: Any, path: Path) -> None:
-    torch.save(content, path)
-
-
-@pytest.mark.parametrize("text", ["0", "5 pounds", "-1GB", "GB"])
-def test_sizes_that_are_none(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        convert.main(["to-hf", "a", "b", f"--max-shard-size={text}"])
-    assert "is no size" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        convert.main(["to-hf", "a", "b", "--copy-code"])
-    assert "--like" in capsys.readouterr().err
 
 
 def test_the_command_runs_as_a_file(tmp_path: Path) -> None:

@@ -122,7 +122,8 @@ def tune(checkpoint: Path, conversations: Path, strategy: str, optimizer: str) -
     if dist.is_initialized():
         options["plugins"] = [PoolEnvironment()]
     saved = conversations.with_name(f"{strategy}-{options['devices']}.ckpt")
-    data = InstructionDataModule([str(conversations)], seq_len=128, batch_size=13, val_fraction=0.2)
+    data = InstructionDataModule([str(conversations)], seq_len=128, batch_size=13, val_fraction=0.15)
+    assert data.describe()["val"] % 2, "the ranks do not share these equally"
     figures = fine_tune(
         checkpoint, data, optimizer=optimizer, lr=3e-3, max_steps=5, seed=3, save_to=saved, trainer_options=options
     )
