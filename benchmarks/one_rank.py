@@ -68,8 +68,8 @@ class OneRank(Alone):
                 if any(start <= block.start < stop for start, stop in own):
                     if number % stride == 0:
                         kept.append((block.start, block.stop))
-                        self.flops += sum(orthogonalization_flops(block.rows, cut, sequence) for cut in block.cuts)
-                        self.matrices += len(block.cuts)
+                        self.flops += sum(orthogonalization_flops(*shape, sequence) for shape in block.shapes)
+                        self.matrices += len(block.shapes)
                     number += 1
             self._ranges[name] = kept
 

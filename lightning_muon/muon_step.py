@@ -145,7 +145,7 @@ class MuonStage:
             self._runs.append((matrices.parameter, runs))
             for moving, values in _advance_momentum(matrices, runs, idle):
                 self._moving.append(moving)
-                fed.append((moving.part, values))
+                fed.append((moving.part, values.reshape(moving.part.size)))
         exchange.gather(fed)  # which keeps them only as long as it needs them
 
     def orthogonalize(self, chooser: Chooser, with_telemetry: bool = False) -> list[UpdateRecord]:
@@ -186,6 +186,7 @@ class MuonStage:
         alike: dict[tuple[Any, ...], list[tuple[_MovingPart, Tensor]]] = {}
         for number, update in updates:
             moving = self._moving[number]
+            update = update.view(moving.part.extents)
             options = self._options[moving.part.key[0]]
             group = options.group
             how = (float(group["lr"]), group["weight_decay"], options.scale(moving.part.shape))

@@ -55,9 +55,12 @@ class Router:
         self.routes: dict[str, Route] = {}
         self._names: set[str] = set()
         self._owners: dict[str, nn.Module] = {}
-        for prefix, owner in module.named_modules(remove_duplicate=False) if module is not None else ():
+        self._parents: dict[str, nn.Module] = {}
+        modules = {} if module is None else dict(module.named_modules(remove_duplicate=False))
+        for prefix, owner in modules.items():
             for name, _ in owner.named_parameters(recurse=False):
-                self._owners[canonical_name(f"{prefix}.{name}" if prefix else name)] = owner
+                path = canonical_name(f"{prefix}.{name}" if prefix else name)
+                self._owners[path], self._parents[path] = owner, modules[prefix.rpartition(".")[0]]
 
     def split(self, group: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Route]]:
         """Split a group into one for Muon and one for AdamW, as far as both are needed.
@@ -82,7 +85,8 @@ class Router:
             if names[0] in routes or names[0] in self.routes:
                 raise ValueError(f"Two parameters are named {names[0]!r}; names must tell them apart.")
             owners = tuple(self._owners[name] for name in names if name in self._owners)
-            decision = route(Candidate(tuple(names), param, owners), self.rules, group)
+            parents = tuple(self._parents[name] for name in names if name in self._parents)
+            decision = route(Candidate(tuple(names), param, owners, parents), self.rules, group)
             routes[names[0]] = decision
             members[decision.algorithm].append((names[0], param))
         options = {key: value for key, value in group.items() if key not in ("params", *_ROUTING_OPTIONS)}
@@ -111,7 +115,7 @@ class Router:
                 )
 
 
-_ROUTING_OPTIONS = ("algorithm", "split_sizes", "num_heads", "transposed")
+_ROUTING_OPTIONS = ("algorithm", "split_sizes", "num_heads", "transposed", "interleaved")
 
 
 def unique_name(name: str, taken: Collection[str]) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from lightning_muon.hugging_face import Fused, fused_projection, fused_stack
 from lightning_muon.matrices import MatrixLayout
 
 __all__ = ["Candidate", "Route", "Rule", "mark", "route"]
@@ -28,7 +29,10 @@ class Rule:
         split_sizes: Sizes of the matrices fused along the output features, for example ``(q, k, v)``.
         num_heads: Heads per block, to orthogonalise each head by itself; one number, or one per block.
         transposed: The parameter is stored ``(in, out)``, not ``(out, in)`` as ``torch.nn.Linear`` does. Known by
-            itself for transposed convolutions and GPT-2's Conv1D.
+            itself for transposed convolutions, GPT-2's Conv1D and the experts of `transformers`.
+        interleaved: In how many runs each matrix of ``split_sizes`` lies in the parameter: the first run of every one,
+            then the second of every one, …. GPT-NeoX has q, k and v of one head before those of the next:
+            ``split_sizes=(d, d, d), interleaved=num_heads``.
     """
 
     pattern: str
@@ -36,6 +40,7 @@ class Rule:
     split_sizes: Sequence[int] | None = None
     num_heads: int | Sequence[int] | None = None
     transposed: bool = False
+    interleaved: int = 1
 
     def __post_init__(self) -> None:
         try:
@@ -73,11 +78,13 @@ class Candidate:
         names: Every name of the parameter; several if it is tied.
         param: The parameter.
         modules: The module that owns it, for each name; empty when only names were given.
+        parents: The modules that hold those.
     """
 
     names: tuple[str, ...]
     param: nn.Parameter
     modules: tuple[nn.Module, ...] = ()
+    parents: tuple[nn.Module, ...] = ()
 
     def owned_by(self, *types: type[nn.Module]) -> bool:
         """Whether a module of one of these types owns the parameter."""
@@ -95,6 +102,7 @@ def mark(
     split_sizes: Sequence[int] | None = None,
     num_heads: int | Sequence[int] | None = None,
     transposed: bool = False,
+    interleaved: int = 1,
 ) -> nn.Parameter:
     """Tell Muon about a parameter where the model is written. ``copy.deepcopy`` of a parameter drops the mark.
 
@@ -104,6 +112,7 @@ def mark(
         split_sizes: See ``Rule``.
         num_heads: See ``Rule``.
         transposed: See ``Rule``.
+        interleaved: See ``Rule``.
 
     Returns:
         ``param``, marked.
@@ -113,6 +122,7 @@ def mark(
         "split_sizes": split_sizes,
         "num_heads": num_heads,
         "transposed": transposed,
+        "interleaved": interleaved,
     }
     _check_algorithm(algorithm)
     setattr(param, _MARK, options)
@@ -148,10 +158,15 @@ def _decide(candidate: Candidate, rules: Iterable[Rule], group: Mapping[str, Any
         decision = built_in(candidate)
         if decision is not None:
             return decision
+    is_fused = any(fused in name for name in candidate.names for fused in _FUSED_GATE_UP_NAMES)
+    fused = (
+        "; this one is fused: say split_sizes, and transposed=True if it is stored (stack, in, out). Experts of"
+        " transformers' models need no rule where Muon is given the model, and not a list of parameters"
+    )
     raise ValueError(
         f"No rule says how to train {candidate.names[0]!r} of shape {tuple(candidate.param.shape)}. Add"
         f" lm.Rule({re.escape(candidate.names[0])!r}, algorithm='muon' or 'adamw') to `rules`: 'muon' reads a"
-        " parameter of three dimensions as a stack of matrices (stack, rows, cols)."
+        f" parameter of three dimensions as a stack of matrices (stack, rows, cols){fused if is_fused else ''}."
     )
 
 
@@ -172,6 +187,7 @@ def _as_told(candidate: Candidate, rule: str, options: Mapping[str, Any]) -> Rou
             split_sizes=options.get("split_sizes"),
             num_heads=options.get("num_heads"),
             transposed=options.get("transposed", False),
+            interleaved=options.get("interleaved", 1),
         )
     except ValueError as error:
         raise ValueError(f"{candidate.names[0]!r} of shape {tuple(candidate.param.shape)}, {rule}: {error}") from None
@@ -184,6 +200,8 @@ def _muon(
     split_sizes: Sequence[int] | None = None,
     num_heads: int | Sequence[int] | None = None,
     transposed: bool = False,
+    interleaved: int = 1,
+    stacked: int = 1,
 ) -> Route:
     """Muon with the reading that the parameter's module and shape suggest."""
     shape = candidate.param.shape
@@ -195,7 +213,7 @@ def _muon(
         groups = convolution.groups
         stack, rows, cols = groups, shape[0] // groups, candidate.param.numel() // shape[0]
     elif len(shape) == 2:
-        rows, cols = shape
+        stack, rows, cols = stacked, shape[0] // stacked, shape[1]
     elif len(shape) == 3:
         stack, rows, cols = shape
     else:
@@ -207,6 +225,7 @@ def _muon(
         split_sizes=split_sizes,
         num_heads=num_heads,
         transposed=transposed or _is_transposed(candidate) or bool(convolution and convolution.transposed),
+        interleaved=interleaved,
     )
     return Route("muon", rule, layout)
 
@@ -233,7 +252,8 @@ _HEAD_NAMES = frozenset(
         "proj_out",
     }
 )
-_FUSED_QKV_NAMES = frozenset({"qkv", "qkv_proj", "wqkv", "c_attn", "in_proj", "query_key_value"})
+_FUSED_QKV_NAMES = frozenset({"qkv", "qkv_proj", "wqkv", "c_attn", "in_proj"})
+_FUSED_IN_SOME_ORDER = frozenset({"query_key_value"})  # by heads, by groups of heads or in three pieces
 _FUSED_GATE_UP_NAMES = frozenset({"gate_up_proj", "w13"})
 
 
@@ -259,6 +279,16 @@ def _vector(candidate: Candidate) -> Route | None:
     return Route("adamw", "vector") if is_vector else None
 
 
+_ELEMENTWISE_NAMES = frozenset({"bias", "scale", "A_log"})  # A_log: decay rates of a state-space model
+
+
+def _elementwise(candidate: Candidate) -> Route | None:
+    """What is added or multiplied element by element, though of two dimensions: the biases of stacked experts, say."""
+    leaf = candidate.names[0].rpartition(".")[2]
+    is_elementwise = leaf in _ELEMENTWISE_NAMES or leaf.endswith("_bias")
+    return Route("adamw", "element by element") if is_elementwise else None
+
+
 def _convolution(candidate: Candidate) -> Route | None:
     if not candidate.owned_by(nn.modules.conv._ConvNd):
         return None
@@ -267,6 +297,34 @@ def _convolution(candidate: Candidate) -> Route | None:
     if min(decision.layout.rows, decision.layout.cols) == 1:
         return Route("adamw", "depthwise convolution")
     return decision
+
+
+def _known_fused(candidate: Candidate) -> Route | None:
+    """Fused projections and stacks whose module's class says how they are cut."""
+    param, (name, *_) = candidate.param, candidate.names
+    if not candidate.modules or param.ndim not in (2, 3):
+        return None
+    parts, owner, parent = name.split("."), candidate.modules[0], next(iter(candidate.parents), None)
+    try:
+        fused = None
+        if param.ndim == 2 and parent is not None and parts[-1] == "weight" and len(parts) > 1:
+            fused = fused_projection(parts[-2], parent, param.shape[1 if _is_transposed(candidate) else 0])
+        if fused is None:
+            fused = fused_stack(parts[-1], owner, parent, tuple(param.shape))
+        return None if fused is None else _as_fused(candidate, fused)
+    except ValueError as error:
+        raise ValueError(f"{name!r} of shape {tuple(param.shape)}: {error}") from None
+
+
+def _as_fused(candidate: Candidate, fused: Fused) -> Route:
+    return _muon(
+        candidate,
+        fused.what,
+        split_sizes=fused.split_sizes or None,
+        transposed=fused.transposed,
+        interleaved=fused.interleaved,
+        stacked=fused.stack,
+    )
 
 
 def _fused(candidate: Candidate) -> Route | None:
@@ -291,6 +349,8 @@ def _fused(candidate: Candidate) -> Route | None:
         if features == 3 * inputs:
             return _muon(candidate, "fused q, k, v", split_sizes=(inputs,) * 3)
         return _muon(candidate, "fused, sizes unknown: one matrix (say split_sizes)")
+    if candidate.in_module_named(_FUSED_IN_SOME_ORDER):
+        return _muon(candidate, "fused, order unknown: one matrix (say split_sizes, interleaved)")
     return None
 
 
@@ -314,7 +374,9 @@ _BUILT_IN: tuple[Callable[[Candidate], Route | None], ...] = (
     _embedding,
     _output_head,
     _vector,
+    _elementwise,
     _convolution,
+    _known_fused,
     _fused,
     _matrix,
     _expert_stack,
@@ -323,7 +385,7 @@ _BUILT_IN: tuple[Callable[[Candidate], Route | None], ...] = (
 
 def _reading(candidate: Candidate) -> MatrixLayout | None:
     """The matrices of a parameter that AdamW trains."""
-    if _vector(candidate):
+    if _vector(candidate) or _elementwise(candidate):
         return None
-    decisions = (built_in(candidate) for built_in in (_convolution, _fused, _matrix, _expert_stack))
+    decisions = (built_in(candidate) for built_in in (_convolution, _known_fused, _fused, _matrix, _expert_stack))
     return next((decision.layout for decision in decisions if decision and decision.layout), None)

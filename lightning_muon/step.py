@@ -173,7 +173,7 @@ def treatments(param_groups: Sequence[Mapping[str, Any]], routes: Mapping[str, R
 
 @lru_cache(maxsize=4096)
 def _longest_short_side(layout: MatrixLayout) -> int:
-    return max(min(block.rows, cut) for block in layout.blocks() for cut in block.cuts)
+    return max(map(min, layout.shapes()))
 
 
 def _layout(routes: Mapping[str, Route], name: str) -> MatrixLayout:

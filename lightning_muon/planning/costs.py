@@ -142,7 +142,7 @@ def matrices_of(layout: MatrixLayout, slices: Sequence[Slice]) -> list[Counter[S
     for block in layout.blocks():
         while block.start >= slices[number].stop:
             number += 1
-        found[number].update((block.rows, cut) for cut in block.cuts)
+        found[number].update(block.shapes)
     return found
 
 

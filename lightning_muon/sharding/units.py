@@ -27,7 +27,7 @@ def ownership_plan(optimizer: Muon, world_size: int) -> OwnershipPlan:
                     name,
                     block.start,
                     block.stop,
-                    sum(orthogonalization_flops(block.rows, cut, sequence) for cut in block.cuts),
+                    sum(orthogonalization_flops(*shape, sequence) for shape in block.shapes),
                     (block.stop - block.start) * itemsize,
                 )
                 for block in layout.blocks()

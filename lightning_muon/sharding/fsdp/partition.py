@@ -149,7 +149,7 @@ class ShardPartition:
             routes = routes_of(self._readings[name], self.rank, self.world_size, like)
             exchange = ShardExchange(routes, (), self.group)
             flat = local(weight).reshape(-1)
-            exchange.gather([(part, part.view(flat)) for part in self._parts[name]])
+            exchange.gather([(part, part.view(flat).reshape(part.size)) for part in self._parts[name]])
             yield from exchange.matrices().items()
 
     def stages(self, names: Sequence[str]) -> Sequence[Collection[str]]:

@@ -67,10 +67,9 @@ def plan_shards(
     for stage in stages:
         layouts = {name: layout for name in stage if name in sequences and (layout := optimizer.routes[name].layout)}
         flops = {
-            (name, block.index + place): orthogonalization_flops(block.rows, cut, sequences[name])
+            (name, number): orthogonalization_flops(*shape, sequences[name])
             for name, layout in layouts.items()
-            for block in layout.blocks()
-            for place, cut in enumerate(block.cuts)
+            for number, shape in enumerate(layout.shapes())
         }
         parts = [
             [part for name, layout in layouts.items() for part in held[name][rank].parts(name, layout)]
