@@ -64,6 +64,23 @@ UNFUSED: dict[str, dict[str, Unfuse]] = {
         r"in_proj_ba": _runs(2, 2, 2),
         r"q_proj": _runs(HEADS, HEAD_DIM, HEAD_DIM),
     },
+    "qwen3_5_text": {r"in_proj_qkv\.": _split(16, 16, 16), r"q_proj": _runs(HEADS, HEAD_DIM, HEAD_DIM)},
+    "mamba": {r"in_proj": _split(64, 64)},
+    "mamba2": {r"in_proj": _split(64, 64, 8, 8, 8)},
+    "granitemoehybrid": {**_CONCATENATED, r"in_proj": _split(64, 64, 8, 8, 8), r"input_linear": _split(24, 24)},
+    "jetmoe": {
+        r"mlp\.input_linear": lambda stack: [half for expert in stack for half in expert.chunk(2)],
+        r"(input|output)_linear": list,
+        r"kv_proj": _split(16, 16),
+    },
+    "minimax": {**_CONCATENATED, r"qkv_proj": _by_heads},
+    "modernbert-decoder": {r"Wi": _split(48, 48)},
+    "recurrent_gemma": {r"gate_weight": lambda stack: [head.T for head in stack]},
+    "dbrx": {
+        r"Wqkv": _split(32, 16, 16),
+        r"mlp\.(w1|v1)$": lambda weight: list(weight.view(4, 48, -1)),
+        r"mlp\.w2$": lambda weight: [expert.T for expert in weight.view(4, 48, -1)],
+    },
 }
 
 

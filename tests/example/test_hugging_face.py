@@ -166,16 +166,14 @@ def test_adamw_has_embeddings_heads_and_vectors(name: str) -> None:
         for path, param in model.named_parameters()
         if param.ndim < 2
         or param.numel() == max(param.shape)  # Qwen's gate of the shared expert: one row
-        or re.search(r"embed|wte|wpe|lm_head|_bias$|conv1d", path)
+        or re.search(r"embed|wte|wpe|lm_head\.weight|_bias$|conv_?1d|A_log", path)
     }
     assert by_adamw == expected
     assert any(re.search(r"\.(gate|router)\.(?!proj)", path) for path in routes) == ("experts" in " ".join(routes))
 
 
-def test_every_fused_model_is_checked() -> None:
-    """No reading of a class is without a model that shows it; the rest is in `docs/hugging-face.md`."""
+def test_the_oracle_is_about_models_that_there_are() -> None:
     assert set(UNFUSED) <= set(CONFIGS)
-    assert set(TRAINED) <= set(CONFIGS)
 
 
 # ------------------------------------------------------------------ training
