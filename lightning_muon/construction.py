@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_muon.matrices import MatrixLayout
 from lightning_muon.orthogonalize import same_orthogonalization
-from lightning_muon.routing import Route
+from lightning_muon.routes import Route
 
 __all__ = ["CONSTRUCTION", "HyperparametersOnLoad", "constructed_options", "describe", "settle"]
 

@@ -10,7 +10,7 @@ import torch
 
 from lightning_muon.choosing import StepCounts, describe_counts
 from lightning_muon.orthogonalize import default_dtype_of
-from lightning_muon.routing import Route
+from lightning_muon.routes import Route
 from lightning_muon.updates import update_scale
 
 __all__ = ["explain"]

@@ -24,7 +24,8 @@ from lightning_muon.orthogonalize import (
 )
 from lightning_muon.param_groups import Router, as_param_groups, check_options, unique_name
 from lightning_muon.partition import Alone, NamedState, Partition
-from lightning_muon.routing import Route, Rule
+from lightning_muon.routes import Route
+from lightning_muon.routing import Rule
 from lightning_muon.step import Step, treatments
 from lightning_muon.watching import Watch
 

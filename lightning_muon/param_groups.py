@@ -11,7 +11,8 @@ from torch import nn
 
 from lightning_muon.names import canonical_name
 from lightning_muon.orthogonalize import check_range, nominal_sequence, plain
-from lightning_muon.routing import Candidate, Route, Rule, route
+from lightning_muon.routes import Candidate, Route
+from lightning_muon.routing import Rule, route
 from lightning_muon.updates import update_scale
 
 __all__ = ["Router", "as_param_groups", "check_options", "unique_name"]

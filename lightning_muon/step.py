@@ -19,7 +19,7 @@ from lightning_muon.muon_step import HeldMatrices, MatrixOptions, MuonStage, Upd
 from lightning_muon.orthogonalize import auto_settings, check_range, default_dtype_of, nominal_sequence
 from lightning_muon.owned import OwnedParameter
 from lightning_muon.partition import Partition
-from lightning_muon.routing import Route
+from lightning_muon.routes import Route
 from lightning_muon.watching import Watch
 
 __all__ = ["Step", "treatments"]

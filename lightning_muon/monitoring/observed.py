@@ -13,7 +13,7 @@ from lightning_muon.matrices import MatrixKey
 from lightning_muon.muon_step import UpdateRecord
 from lightning_muon.param_groups import Router
 from lightning_muon.partition import Alone, Range
-from lightning_muon.routing import Route
+from lightning_muon.routes import Route
 from lightning_muon.watching import Watch
 
 __all__ = ["ObservedOptimizer"]

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_muon.matrices import MatrixKey
 from lightning_muon.muon_step import UpdateRecord
 from lightning_muon.partition import Partition, Range
-from lightning_muon.routing import Route
+from lightning_muon.routes import Route
 from lightning_muon.watching import Watch
 
 __all__ = ["Subject"]
