@@ -20,6 +20,9 @@ from lightning_muon.checkpoint.atomic import replacing
 Results = dict[str, Any]
 """What an experiment's JSON holds. Keys are strings, seeds too."""
 
+Arms = dict[str, dict[int, Outcome]]
+"""Outcomes by arm of an experiment and seed."""
+
 
 @dataclass
 class Laboratory:
@@ -51,7 +54,7 @@ class Laboratory:
         self.outcomes |= run_all(wanted, self.folder, self.slots)
         return [self.outcomes[run.key] for run in wanted]
 
-    def do_arms(self, arms: Mapping[str, Mapping[int, Run]]) -> dict[str, dict[int, Outcome]]:
+    def do_arms(self, arms: Mapping[str, Mapping[int, Run]]) -> Arms:
         """The same for several arms of an experiment, each with a run for every seed."""
         self.do(run for by_seed in arms.values() for run in by_seed.values())
         return {arm: {s: self.outcomes[run.key] for s, run in by_seed.items()} for arm, by_seed in arms.items()}
@@ -63,11 +66,33 @@ class Laboratory:
         if one_rate:
             grids["adamw_one_rate"] = Grid(self.grid.lrs, (None,))
 
-        def losses_of(points: Sequence[tuple[str, Rates]]) -> list[float]:
+        def tried(points: Sequence[tuple[str, Rates]]) -> list[float]:
             runs = [self.setting.run(name.removesuffix("_one_rate"), rates, TUNING_SEED) for name, rates in points]
             return [outcome.val_loss for outcome in self.do(runs)]
 
-        return tune(grids, losses_of, self.max_growths)
+        return tune(grids, tried, self.max_growths)
+
+
+def without_diverged(arms: Arms) -> tuple[Arms, dict[str, list[int]]]:
+    """The arms of which every run has a loss, and the seeds of the others that diverged."""
+    diverged = {
+        arm: [seed for seed, outcome in by_seed.items() if outcome.has_diverged] for arm, by_seed in arms.items()
+    }
+    whole = {arm: by_seed for arm, by_seed in arms.items() if not diverged[arm]}
+    return whole, {arm: seeds for arm, seeds in diverged.items() if seeds}
+
+
+def diverged_text(results: Results) -> list[str]:
+    """What is said of arms that `without_diverged` has left out."""
+    return [
+        f"- {arm}: training diverged for {len(seeds)} of {len(results['seeds'])} seeds; left out."
+        for arm, seeds in results["diverged"].items()
+    ]
+
+
+def losses_of(arms: Arms) -> dict[str, dict[int, float]]:
+    """The validation losses."""
+    return {arm: {seed: outcome.val_loss for seed, outcome in by_seed.items()} for arm, by_seed in arms.items()}
 
 
 def tuning_as_json(tuned: Mapping[str, Tuned]) -> Results:
@@ -93,6 +118,7 @@ def main(
     table: Callable[[Results], str],
     draw: Callable[[Results, Path], None],
     args: Sequence[str] | None = None,
+    seeds: Sequence[int] = SEEDS,
     add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
 ) -> Results:
     """An experiment's command.
@@ -104,12 +130,13 @@ def main(
         table: Says the results in Markdown.
         draw: Makes the picture.
         args: The command line.
+        seeds: Those that are reported if the command line names none.
         add_options: Adds options of the experiment's own, which it finds in ``laboratory.options``.
 
     Returns:
         What was, or would be, written.
     """
-    options = _parse(documentation, args, add_options)
+    options = _parse(documentation, args, seeds, add_options)
     setting = Setting(options.steps, None if options.files is None else tuple(options.files), options.val_windows)
     slots = options.devices or default_slots()
     kind = slots[0].split(":")[0]
@@ -137,11 +164,14 @@ def main(
 
 
 def _parse(
-    documentation: str | None, args: Sequence[str] | None, add_options: Callable[[argparse.ArgumentParser], None]
+    documentation: str | None,
+    args: Sequence[str] | None,
+    seeds: Sequence[int],
+    add_options: Callable[[argparse.ArgumentParser], None],
 ) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=STEPS, help="of a run at full length")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
     parser.add_argument("--grid", choices=tuple(GRIDS), default="full", help="where the search for rates begins")
     parser.add_argument("--max-growths", type=int, default=None, help="end the search after so many, edge or not")
     parser.add_argument("--devices", nargs="+", default=None, help="one for each process, 'cpu' or 'cuda:0'")

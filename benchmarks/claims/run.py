@@ -38,6 +38,11 @@ class Outcome:
         return math.inf if loss is None else float(loss)
 
     @property
+    def has_diverged(self) -> bool:
+        """Whether something in it was not finite."""
+        return self.figures["diverged"] is not None
+
+    @property
     def checkpoint(self) -> Path:
         """Its weights, if the run keeps them."""
         return self.folder / "weights.ckpt"

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.claims.command import Laboratory, Results, main, tuning_as_json
+from benchmarks.claims.command import Laboratory, Results, losses_of, main, tuning_as_json
 from benchmarks.claims.crossing import crossing, smallest_sure
 from benchmarks.claims.figure import ADAMW, MUON, OTHER, frame, panels, with_seeds
 from benchmarks.claims.markdown import number, p_value, table
@@ -41,10 +41,7 @@ def experiment(laboratory: Laboratory) -> Results:
         "muon": setting.reported("muon", tuned["muon"].best, seeds),
         **{str(share): {s: setting.run("muon", tuned["muon"].best, s, n) for s in seeds} for share, n in steps.items()},
     }
-    losses = {
-        arm: {seed: outcome.val_loss for seed, outcome in by_seed.items()}
-        for arm, by_seed in laboratory.do_arms(arms).items()
-    }
+    losses = losses_of(laboratory.do_arms(arms))
     muon = {**{share: losses[str(share)] for share in SHARES}, 1.0: losses["muon"]}
     return {
         "tuning": tuning_as_json(tuned),

@@ -1,0 +1,194 @@
+"""Attention's largest logits under Muon and AdamW, and what QK-Clip does and costs (Kimi K2, §2.1).
+
+``python -m benchmarks.claims.attention_logits [--json benchmarks/results/attention_logits.json]
+[--picture docs/pictures/attention_logits.png]``
+
+Both optimizers at their tuned learning rates and with that of the matrices four times as high, in a model without
+QK-norm; at the high rate, Muon with `lightning_muon.QKClip` as well: with a τ that is low enough to bite in so small a
+model, and with the usual 100. What clipping costs is the paired difference of the losses, beside the spread over seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from benchmarks.claims.command import (
+    Laboratory,
+    Results,
+    diverged_text,
+    losses_of,
+    main,
+    tuning_as_json,
+    without_diverged,
+)
+from benchmarks.claims.figure import ADAMW, MUON, OTHER, THIRD, frame, panels, with_seeds
+from benchmarks.claims.markdown import number, p_value, table
+from benchmarks.claims.paired import Spread, paired
+from benchmarks.claims.run import Outcome
+from benchmarks.claims.setting import SEEDS
+
+NAME = "attention_logits"
+HIGH = 4
+TAUS = (10.0, 100.0)  # one that bites here, and the usual one
+PREFIX = "attention/max_logit/"
+MUON_HIGH, ADAMW_HIGH = "Muon, high rate", "AdamW, high rate"
+
+Curve = list[tuple[int, float]]  # step, value
+
+
+def clipped_arm(tau: float) -> str:
+    """Its name."""
+    return f"{MUON_HIGH}, τ = {tau:g}"
+
+
+def experiment(laboratory: Laboratory) -> Results:
+    """The runs, and the largest logits at every step that was measured."""
+    setting, seeds, tuned = laboratory.setting, laboratory.seeds, laboratory.tune()
+    muon, adamw = tuned["muon"].best, tuned["adamw"].best
+    common: dict[str, Any] = {"watch_logits": True, "measure_every": max(1, setting.steps // 20)}
+    arms = {
+        "AdamW": {s: setting.run("adamw", adamw, s, **common) for s in seeds},
+        "Muon": {s: setting.run("muon", muon, s, **common) for s in seeds},
+        ADAMW_HIGH: {s: setting.run("adamw", adamw.times(HIGH), s, **common) for s in seeds},
+        MUON_HIGH: {s: setting.run("muon", muon.times(HIGH), s, **common) for s in seeds},
+        **{
+            clipped_arm(tau): {s: setting.run("muon", muon.times(HIGH), s, clip_tau=tau, **common) for s in seeds}
+            for tau in TAUS
+        },
+    }
+    outcomes, diverged = without_diverged(laboratory.do_arms(arms))
+    losses = losses_of(outcomes)
+    logits = {
+        arm: {seed: one.curve(f"{PREFIX}_max") for seed, one in by_seed.items()} for arm, by_seed in outcomes.items()
+    }
+    heads = {arm: {seed: of_heads(one) for seed, one in by_seed.items()} for arm, by_seed in outcomes.items()}
+    clipped = {
+        arm: {seed: share_clipped(one, len(heads[arm][seed])) for seed, one in by_seed.items()}
+        for arm, by_seed in outcomes.items()
+        if arm in map(clipped_arm, TAUS)
+    }
+    return {
+        "tuning": tuning_as_json(tuned),
+        "diverged": diverged,
+        "val_loss": losses,
+        "largest_logit": logits,
+        "heads_at_the_end": heads,
+        "share_of_heads_clipped": clipped,
+        "summary": summarize(losses, logits),
+    }
+
+
+def of_heads(outcome: Outcome) -> dict[str, float]:
+    """The largest logit of every head at the last measurement, by module and head."""
+    return {name: value for name, value in outcome.last(PREFIX).items() if name.rpartition(".")[2].isdecimal()}
+
+
+def share_clipped(outcome: Outcome, heads: int) -> float:
+    """Of the heads, how many were clipped between two measurements, averaged over the run."""
+    names = outcome.last("attention/clipped_heads/")
+    curves = [outcome.curve(f"attention/clipped_heads/{name}") for name in names]
+    return fmean(sum(value for _, value in points) for points in zip(*curves, strict=True)) / heads
+
+
+def summarize(losses: Mapping[str, Mapping[int, float]], logits: Mapping[str, Mapping[int, Curve]]) -> dict[str, Any]:
+    """The largest logit of each run, Muon's against AdamW's, and the cost of clipping; of arms that did not diverge."""
+    largest = {arm: {s: max(v for _, v in curve) for s, curve in of.items()} for arm, of in logits.items()}
+    pairs = {"tuned rates": ("Muon", "AdamW"), "high rates": (MUON_HIGH, ADAMW_HIGH)}
+    taus = [tau for tau in TAUS if {clipped_arm(tau), MUON_HIGH} <= losses.keys()]
+    return {
+        "largest": largest,
+        "muon_minus_adamw": {
+            rates: paired(largest[muon], largest[adamw]).asdict()
+            for rates, (muon, adamw) in pairs.items()
+            if {muon, adamw} <= largest.keys()
+        },
+        "seed_sd_of_the_loss": Spread.of(list(losses[MUON_HIGH].values())).sd if MUON_HIGH in losses else None,
+        "cost_of_clipping": {f"{t:g}": paired(losses[clipped_arm(t)], losses[MUON_HIGH]).asdict() for t in taus},
+    }
+
+
+def tables(results: Results) -> str:
+    """The results in Markdown."""
+    rows = []
+    for arm, losses in results["val_loss"].items():
+        largest = Spread.of(list(results["summary"]["largest"][arm].values())).text(1)
+        last = Spread.of([curve[-1][1] for curve in results["largest_logit"][arm].values()]).text(1)
+        heads = [sorted(one.values())[len(one) // 2] for one in results["heads_at_the_end"][arm].values()]
+        clipped = results["share_of_heads_clipped"].get(arm)
+        share = "" if clipped is None else f"{100 * fmean(clipped.values()):.0f} %"
+        rows.append([arm, Spread.of(list(losses.values())).text(), largest, last, Spread.of(heads).text(1), share])
+    header = ["", "loss", "largest logit in the run", "at the end", "of the median head", "heads clipped"]
+    costs = [
+        [f"τ = {tau}", number(one["mean"], 4, sign=True), number(one["standard_error"], 4),
+         f"{one['seeds_below']} of {len(one['differences'])}", p_value(one["p_below"])]
+        for tau, one in results["summary"]["cost_of_clipping"].items()
+    ]  # fmt: skip
+    return "\n\n".join(
+        [
+            table(header, rows),
+            table(["loss with QK-Clip minus without", "mean", "standard error", "seeds below", "p of below"], costs),
+            "\n".join(findings(results)),
+        ]
+    )
+
+
+def findings(results: Results) -> list[str]:
+    """What was seen of the claims, and what was not."""
+    summary, said = results["summary"], diverged_text(results)
+    for rates, one in summary["muon_minus_adamw"].items():
+        number_of_seeds = len(one["differences"])
+        above = sum(difference > 0 for difference in one["differences"].values())
+        seen = "Seen" if above == number_of_seeds else "Not seen"
+        said.append(
+            f"- {seen}, at {rates}: attention's largest logit grows more under Muon than under AdamW. It does in"
+            f" {above} of {number_of_seeds} seeds; the mean difference is {number(one['mean'], 1, sign=True)}."
+        )
+    noise = summary["seed_sd_of_the_loss"]
+    for tau, one in summary["cost_of_clipping"].items():
+        bites = fmean(results["share_of_heads_clipped"][clipped_arm(float(tau))].values()) > 0
+        if not bites:
+            said.append(f"- τ = {tau} never clipped anything.")
+        elif noise is not None:
+            seen = "Seen" if one["mean"] < noise else "Not seen"
+            said.append(
+                f"- {seen}: clipping with τ = {tau} costs less than the noise of the seeds. It changes the loss by"
+                f" {number(one['mean'], 4, sign=True)} in the mean, where the seeds' standard deviation is"
+                f" {number(noise, 4)}."
+            )
+    return said
+
+
+def draw(results: Results, path: Path) -> None:
+    """The largest logit over the steps: both optimizers, and Muon clipped."""
+    bite = clipped_arm(TAUS[0])
+    styles = {
+        "AdamW": {"color": ADAMW, "linestyle": "--"},
+        "Muon": {"color": MUON, "linestyle": "--"},
+        ADAMW_HIGH: {"color": ADAMW},
+        MUON_HIGH: {"color": MUON},
+        bite: {"color": THIRD},
+    }
+    shown = {arm: style for arm, style in styles.items() if arm in results["largest_logit"]}
+    with panels(path, 2) as (over_steps, over_heads):
+        for arm, style in shown.items():
+            curves = list(results["largest_logit"][arm].values())
+            steps = [step for step, _ in curves[0]]
+            values = [[value for _, value in curve] for curve in curves]
+            with_seeds(over_steps, steps, values, marker="", label=arm, **style)
+        over_steps.set_yscale("log")
+        frame(over_steps, "optimizer step", "largest attention logit", "largest logit of all heads: mean and seeds")
+        over_steps.legend(frameon=False, fontsize=8)
+        for place, (arm, style) in enumerate(shown.items()):
+            values = [value for one in results["heads_at_the_end"][arm].values() for value in one.values()]
+            over_heads.plot([place] * len(values), values, linestyle="", marker=".", color=style["color"], alpha=0.7)
+            over_heads.plot([place], [sorted(values)[len(values) // 2]], marker="_", markersize=20, color=OTHER)
+        over_heads.set_xticks(range(len(shown)), list(shown), rotation=25, ha="right", fontsize=8)
+        over_heads.set_yscale("log")
+        frame(over_heads, "", "largest logit of a head", "every head of every seed at the end; bars are medians")
+
+
+if __name__ == "__main__":
+    main(__doc__, NAME, experiment, tables, draw, seeds=SEEDS[:3])

@@ -1,0 +1,92 @@
+"""Writes the results into the page that explains them: ``python -m benchmarks.claims.write_docs``.
+
+What stands between ``<!-- results of NAME -->`` and ``<!-- end of NAME -->`` in the page is made from ``NAME.json``,
+and from nothing else; the rest of the page is left alone. ``--results``, ``--page`` and ``--out`` are for trials.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.claims import attention_logits, scale_rule, steps_to_loss, svd_entropy, weight_decay
+from benchmarks.claims.command import Results
+from benchmarks.claims.markdown import listed
+
+EXPERIMENTS: dict[str, Callable[[Results], str]] = {
+    module.NAME: module.tables for module in (steps_to_loss, scale_rule, weight_decay, svd_entropy, attention_logits)
+}
+ROOT = Path(__file__).parents[2]
+PAGE, RESULTS, PICTURES = ROOT / "docs" / "evidence.md", ROOT / "benchmarks" / "results", ROOT / "docs" / "pictures"
+
+
+def written(page: str, results: Path, pictures: Path = PICTURES) -> str:
+    """The page with what the results say.
+
+    Args:
+        page: The page as it is.
+        results: The folder of the JSON files.
+        pictures: The folder beside the page with the pictures.
+
+    Raises:
+        ValueError: An experiment has no place in the page.
+    """
+    for name, tables in EXPERIMENTS.items():
+        place = re.compile(rf"(<!-- results of {name} -->\n).*?(<!-- end of {name} -->)", flags=re.DOTALL)
+        if not place.search(page):
+            raise ValueError(f"the page has no place for {name}: <!-- results of {name} --> and <!-- end of {name} -->")
+        block = _block(name, tables, results / f"{name}.json", pictures / f"{name}.png")
+        page = place.sub(lambda found, block=block: f"{found[1]}\n{block}\n\n{found[2]}", page)
+    return page
+
+
+def _block(name: str, tables: Callable[[Results], str], path: Path, picture: Path) -> str:
+    if not path.exists():
+        return "There are no results here yet."
+    results: Results = json.loads(path.read_text())
+    parts = [described(results), tables(results)]
+    if picture.exists():
+        parts.append(f"![{name.replace('_', ' ')}]({picture.parent.name}/{picture.name})")
+    return "\n\n".join(parts)
+
+
+def described(results: Results) -> str:
+    """What the runs were: lengths, seeds, learning rates, hardware, versions and commits."""
+    seeds = listed([str(seed) for seed in results["seeds"]])
+    rates = [
+        f"{_NAMES[name]} {one['lr']:g}" + (f" and {one['adamw_lr']:g}" if one["adamw_lr"] is not None else " for all")
+        for name, one in results["tuning"].items()
+    ]
+    edge = [_NAMES[name] for name, one in results["tuning"].items() if one["is_on_edge"]]
+    device = listed([results["cpu"] if one == "cpu" else one for one in results["devices_of_runs"]])
+    commits = listed([f"`{commit[:10]}`" for commit in results["commits_of_runs"]])
+    hours = results["seconds_of_runs"] / 3600
+    return (
+        f"{len(results['runs'])} runs, {hours:.1f} hours of them together; {results['steps']} steps at full length;"
+        f" seeds {seeds}. Learning rates of the matrices and of the rest, tuned on another seed: {'; '.join(rates)}."
+        + (f" Best on the edge of the grid: {listed(edge)}." if edge else "")
+        + f" {device}, Python {results['python']}, torch {results['torch']}, Lightning {results['lightning']},"
+        f" commit {commits}."
+    )
+
+
+_NAMES = {"adamw": "AdamW", "muon": "Muon", "adamw_one_rate": "AdamW with one rate"}
+
+
+def main(args: list[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--pictures", type=Path, default=PICTURES)
+    parser.add_argument("--out", type=Path, default=None, help="by default the page itself")
+    options = parser.parse_args(args)
+    text = written(options.page.read_text(), options.results, options.pictures)
+    (options.out or options.page).write_text(text)
+
+
+if __name__ == "__main__":
+    main()

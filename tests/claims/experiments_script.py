@@ -1,0 +1,18 @@
+"""``python -m tests.claims.experiments_script FOLDER``: the smaller experiments, for a few steps each."""
+
+import sys
+from pathlib import Path
+
+from benchmarks.claims import attention_logits, scale_rule, svd_entropy, weight_decay
+from benchmarks.claims.command import main
+from tests.claims.conftest import ROOT
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    common = ["--steps", "10", "--grid", "tiny", "--max-growths", "0", "--val-windows", "16"]
+    common += ["--files", str(ROOT / "docs"), "--devices", "cpu", "cpu", "--folder", str(folder / "runs")]
+    seeds = {"scale_rule": ["1"], "weight_decay": ["1"], "svd_entropy": ["1", "2"], "attention_logits": ["1"]}
+    for one in (svd_entropy, scale_rule, weight_decay, attention_logits):
+        where = ["--json", str(folder / f"{one.NAME}.json"), "--picture", str(folder / "pictures" / f"{one.NAME}.png")]
+        arguments = [*common, *where, "--seeds", *seeds[one.NAME]]
+        main(one.__doc__, one.NAME, one.experiment, one.tables, one.draw, arguments)
