@@ -89,7 +89,7 @@ def normalize_updates(optimizer: lm.Muon, rms: float) -> None:
     """Gives every matrix that Muon trains an update of exactly this RMS, by undoing what differs after each step.
 
     The update is read off the weights, ``((1 - lr·λ)·W₀ - W₁)/lr``, so it is for float32 weights on one process. A
-    matrix that did not move is left alone.
+    matrix that the step has left alone, an expert without tokens for instance, stays as it is.
 
     Args:
         optimizer: Its parameters are matrices ``(rows, cols)``, or stacks of them; not fused ones.
@@ -105,12 +105,13 @@ def normalize_updates(optimizer: lm.Muon, rms: float) -> None:
         for group in _of_muon(optimizer):
             lr = float(group["lr"])
             for param in group["params"]:
-                decayed = before.pop(param).mul_(1 - lr * group["weight_decay"])
+                start = before.pop(param)
+                decayed = start * (1 - lr * group["weight_decay"])
                 step = decayed - param
-                norm = torch.linalg.matrix_norm(step)[..., None, None]
+                norm = torch.linalg.matrix_norm(step, keepdim=True)
                 wanted = lr * rms * math.sqrt(step.shape[-2] * step.shape[-1])
-                moved = decayed - step * (wanted / norm.clamp(min=1e-30))
-                param.copy_(torch.where(norm > 0, moved, param))
+                has_moved = (param != start).any(-1, keepdim=True).any(-2, keepdim=True)  # an idle one is not decayed
+                param.copy_(torch.where(has_moved, decayed - step * (wanted / norm), param))
 
     optimizer.register_step_pre_hook(remember)
     optimizer.register_step_post_hook(rescale)

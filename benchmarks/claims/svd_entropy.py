@@ -52,7 +52,8 @@ def experiment(laboratory: Laboratory) -> Results:
 
 
 def summarize(muon: Entropies, adamw: Entropies) -> dict[str, dict[str, Any]]:
-    """For each kind of matrix, for all and for all but the routers': macro means and how often Muon's is higher.
+    """For each kind of matrix its mean and how often Muon's is higher; the same for all and for all but the routers',
+    with the means of the kinds' means.
 
     Args:
         muon: The entropy of every matrix, for every seed.
@@ -60,9 +61,13 @@ def summarize(muon: Entropies, adamw: Entropies) -> dict[str, dict[str, Any]]:
     """
     names = next(iter(muon.values())).keys()
     groups = by_kind(names)
-    every = [name for members in groups.values() for name in members]
-    groups = {**groups, "all but routers": [n for n in every if n not in groups.get("Router", ())], "all": every}
-    return {kind: _compare(muon, adamw, members) for kind, members in groups.items()}
+    found = {kind: _compare(muon, adamw, members) for kind, members in groups.items()}
+    unions = {"all but routers": [kind for kind in groups if kind != "Router"], "all": list(groups)}
+    for name, kinds in unions.items():
+        members = [matrix for kind in kinds for matrix in groups[kind]]
+        means = {optimizer: fmean(found[kind][optimizer] for kind in kinds) for optimizer in ("muon", "adamw")}
+        found[name] = {**_compare(muon, adamw, members), **means}
+    return found
 
 
 def _compare(muon: Entropies, adamw: Entropies, names: list[str]) -> dict[str, Any]:
@@ -116,7 +121,7 @@ def draw(results: Results, path: Path) -> None:
     muon, adamw = results["entropy"]["muon"], results["entropy"]["adamw"]
     groups = by_kind(next(iter(muon.values())))
     colours = dict(zip(KINDS, ("#4c72b0", "#6fa8dc", "#dd8452", "#e3b23c", "#8c8c8c", "#c44e52"), strict=True))
-    with panels(path, 2) as (scatter, bars):
+    with panels(path, 2) as (scatter, means):
         for kind, names in groups.items():
             x = [adamw[seed][name] for seed in adamw for name in names]
             y = [muon[seed][name] for seed in muon for name in names]
@@ -125,15 +130,15 @@ def draw(results: Results, path: Path) -> None:
         scatter.plot([lowest, 1], [lowest, 1], color="black", linewidth=0.8)
         frame(scatter, "after AdamW", "after Muon", "SVD entropy of every matrix; above the line, Muon's is higher")
         scatter.legend(frameon=False, fontsize=8)
-        places = range(len(groups))
-        for optimizer, shift, colour in (("muon", -0.2, MUON), ("adamw", 0.2, ADAMW)):
-            means = [results["summary"][kind][optimizer] for kind in groups]
-            label = {"muon": "Muon", "adamw": "AdamW"}[optimizer]
-            bars.bar([place + shift for place in places], means, 0.38, color=colour, label=label)
-        bars.set_xticks(list(places), list(groups), rotation=20)
-        bars.set_ylim(lowest, 1)
-        frame(bars, "", "mean SVD entropy", f"macro means, {len(muon)} seeds")
-        bars.legend(frameon=False, loc="upper left", ncols=2)
+        for place, kind in enumerate(reversed(groups)):
+            one = results["summary"][kind]
+            means.plot([one["adamw"], one["muon"]], [place, place], color="#c0c0c0", linewidth=3, zorder=1)
+        for optimizer, label, colour in (("adamw", "AdamW", ADAMW), ("muon", "Muon", MUON)):
+            values = [results["summary"][kind][optimizer] for kind in reversed(groups)]
+            means.plot(values, range(len(groups)), linestyle="", marker="o", markersize=8, color=colour, label=label)
+        means.set_yticks(range(len(groups)), list(reversed(groups)))
+        frame(means, "mean SVD entropy", "", f"means over the matrices of a kind and {len(muon)} seeds")
+        means.legend(frameon=False, loc="lower left")
 
 
 if __name__ == "__main__":

@@ -36,10 +36,11 @@ def written(page: str, results: Path, pictures: Path = PICTURES) -> str:
     """
     for name, tables in EXPERIMENTS.items():
         place = re.compile(rf"(<!-- results of {name} -->\n).*?(<!-- end of {name} -->)", flags=re.DOTALL)
-        if not place.search(page):
+        found = place.search(page)
+        if found is None:
             raise ValueError(f"the page has no place for {name}: <!-- results of {name} --> and <!-- end of {name} -->")
         block = _block(name, tables, results / f"{name}.json", pictures / f"{name}.png")
-        page = place.sub(lambda found, block=block: f"{found[1]}\n{block}\n\n{found[2]}", page)
+        page = f"{page[: found.start()]}{found[1]}\n{block}\n\n{found[2]}{page[found.end() :]}"
     return page
 
 

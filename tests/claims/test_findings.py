@@ -32,6 +32,8 @@ def test_svd_entropy() -> None:
     assert found["Experts"]["smallest_difference"] == pytest.approx(-0.1)
     assert (found["all but routers"]["matrices"], found["all"]["matrices"]) == (2, 3)
     assert found["all but routers"]["share_higher"] == 0.75
+    assert found["all but routers"]["muon"] == pytest.approx((0.9 + 0.8) / 2)  # the kinds' means
+    assert found["all"]["adamw"] == pytest.approx((0.8 + 0.8 + 0.55) / 3)
     assert found["all"]["share_higher"] == pytest.approx(4 / 6)
     assert found["all"]["higher_by_seed"] == {"1": 2, "2": 2}
     said = svd_entropy.findings({"summary": found, "seeds": [1, 2]})

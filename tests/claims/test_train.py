@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.claims.run import Outcome, do, find, main
-from benchmarks.claims.train import train
+from benchmarks.claims.train import Losses, train
 from examples.moe_lm.model import MoELM
 from tests.claims.conftest import TINY, tiny_run
 
@@ -28,6 +28,12 @@ def test_measures_what_was_asked_when_it_was_asked() -> None:
     assert "model.layers.1.mlp.experts.up_proj.3" in outcome.last("muon/weight_svd_entropy/")
     assert "model.layers.0.self_attn.1" in outcome.last("attention/max_logit/")
     json.dumps(figures)
+
+
+def test_training_loss_is_of_the_last_tenth() -> None:
+    losses = Losses()
+    losses.losses = [torch.tensor(float(number)) for number in range(25)]
+    assert losses.end() == (22 + 23 + 24) / 3
 
 
 def test_nothing_is_measured_unasked() -> None:

@@ -1,0 +1,36 @@
+"""What the experiments have in common keeps the rules that they are judged by."""
+
+import itertools
+
+from benchmarks.claims.setting import GRIDS, MODEL, SEEDS, TUNING_SEED, Setting
+from benchmarks.claims.tuning import Rates
+from examples.moe_lm.config import ModelConfig
+
+
+def test_tuning_seed_is_not_reported() -> None:
+    assert TUNING_SEED not in SEEDS
+    assert len(set(SEEDS)) >= 3
+
+
+def test_grid_is_four_by_three_at_least_by_factors_of_two() -> None:
+    grid = GRIDS["full"]
+    assert (len(grid.lrs) >= 4, len(grid.adamw_lrs) >= 3) == (True, True)
+    for values in (grid.lrs, grid.adamw_lrs):
+        assert {high / low for low, high in itertools.pairwise(values)} == {2}
+
+
+def test_reported_runs_differ_between_optimizers_in_what_they_must() -> None:
+    muon, adamw = (Setting().reported(one, Rates(1e-2, 2e-2), SEEDS) for one in ("muon", "adamw"))
+    for seed in SEEDS:
+        assert {**muon[seed].__dict__, "optimizer": "adamw"} == adamw[seed].__dict__
+        assert muon[seed].seed == seed
+
+
+def test_model_is_as_the_page_says() -> None:
+    config = ModelConfig(**MODEL)
+    assert round(config.num_parameters().total / 1000) == 348
+    assert (config.hidden_size, config.num_hidden_layers, config.first_k_dense_replace) == (64, 3, 1)
+    assert (
+        Setting().run("muon", Rates(1e-2, None), 1).batch_size * Setting().run("muon", Rates(1e-2, None), 1).seq_len
+        == 1024
+    )
