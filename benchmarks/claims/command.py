@@ -190,15 +190,16 @@ def _of_all(outcomes: Sequence[Outcome]) -> Results:
     Raises:
         ValueError: They did not all read the same text, so that nothing is paired.
     """
-    texts = {outcome.figures["text_sha256"] for outcome in outcomes}
-    if len(texts) > 1:
+    texts = {(outcome.run.start_from is None, outcome.figures["text_sha256"]) for outcome in outcomes}
+    if len(texts) > len({is_text for is_text, _ in texts}):  # text is one thing, conversations are another
         raise ValueError(
-            f"the runs read {len(texts)} different texts ({', '.join(sorted(texts))}): Python was replaced in between?"
-            " Remove the older ones' folders and start again."
+            f"the runs read {len(texts)} different texts ({', '.join(sorted(one for _, one in texts))}): Python was"
+            " replaced in between? Remove the older ones' folders and start again."
         )
     environments = [outcome.figures["environment"] for outcome in outcomes]
     return {
-        "text_sha256": texts.pop() if texts else None,
+        "text_sha256": next((one for is_text, one in texts if is_text), None),
+        "conversations_sha256": next((one for is_text, one in texts if not is_text), None),
         "devices_of_runs": sorted({one["device"] for one in environments}),
         "commits_of_runs": sorted({str(one["commit"]) for one in environments}),
         "seconds_of_runs": round(sum(outcome.figures["seconds"] for outcome in outcomes)),

@@ -38,7 +38,8 @@ class Run:
         measure: What to measure: updates, weights, spectra of the weights (the monitors of those names).
         measure_every: Steps between two measurements; 0 measures after the last step only. The last one is measured
             if this divides ``steps``.
-        start_from: A checkpoint whose weights to begin with; the optimizer begins anew.
+        start_from: A checkpoint to fine-tune on conversations, see `benchmarks.claims.conversations`; ``files`` are
+            then JSON Lines. ``None`` trains new weights on text.
         keep_checkpoint: Leave the weights beside the result.
         files: The text, see `TextDataModule`; ``None`` is the standard library.
         val_windows: Windows of validation text.

@@ -34,6 +34,7 @@ WIDTHS = (32, 48, 64, 80, 96)
 TUNE_UP_TO = 64
 WIDTH_OF_STEPS = 64  # the size that trains for the setting's number of steps
 OPTIMIZERS = ("muon", "adamw")
+LABELS = {"muon": "Muon", "adamw": "AdamW"}
 PFLOP_S_DAY = 1e15 * 24 * 3600
 
 Losses = Mapping[int, Mapping[int, float]]  # by width and seed
@@ -102,7 +103,9 @@ def experiment(laboratory: Laboratory) -> Results:
     first = laboratory.seeds[0]
     sizes = {width: compute(arms[f"muon-{width}"][first]) for width in widths}
     return {
-        "tuning": {str(width): tuning_as_json(found) for width, found in tuned.items()},
+        "tuning": tuning_as_json(
+            {f"{LABELS[name]} at width {w}": one for w, found in tuned.items() for name, one in found.items()}
+        ),
         "sizes": [
             {
                 "width": width,
@@ -181,7 +184,7 @@ def tables(results: Results) -> str:
     header = ["width", "active parameters", "steps", "FLOP", "tuned", "rates, Muon", "rates, AdamW", "Muon", "AdamW"]
     laws = [
         [name, _interval(law["coefficient"], 3), _interval(law["exponent"], 4), f"{law['r_squared']:.3f}"]
-        for name, law in (("Muon", results["laws"]["muon"]), ("AdamW", results["laws"]["adamw"]))
+        for name, law in ((LABELS[name], results["laws"][name]) for name in OPTIMIZERS)
     ]
     ratios = [
         [str(one["width"]), number(one["ratio"], 2), f"{number(one['low'], 2)} – {number(one['high'], 2)}"]
@@ -214,7 +217,7 @@ def findings(results: Results) -> list[str]:
         f" Moonlight's printed fits give {published['1.0']:.2f} at 1 PFLOP/s-day and {published['18.0']:.2f} at 18;"
         " these runs are smaller by a factor of 10⁸ and more, and say nothing about those.",
     ]
-    for name, label in (("muon", "Muon"), ("adamw", "AdamW")):
+    for name, label in LABELS.items():
         said += [f"- The law of {label}: {warning}." for warning in results["laws"][name]["warnings"]]
     return said
 
@@ -252,7 +255,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: Sequence[str] | None = None) -> Results:
     """The command."""
-    return main(__doc__, NAME, experiment, tables, draw, args, add_options)
+    return main(__doc__, NAME, experiment, tables, draw, args, add_options=add_options)
 
 
 if __name__ == "__main__":

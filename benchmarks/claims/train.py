@@ -18,6 +18,7 @@ from torch import Tensor
 from typing_extensions import override
 
 import lightning_muon as lm
+from benchmarks.claims.conversations import train_on_conversations
 from benchmarks.claims.description import Measure, Run
 from benchmarks.claims.scaling import ScaledMoELM
 from examples.moe_lm.data import TextDataModule
@@ -94,6 +95,18 @@ def train(run: Run, device: str = "cpu", checkpoint: Path | None = None) -> dict
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
     L.seed_everything(run.seed, verbose=False)
+    options: dict[str, Any] = {
+        "accelerator": "gpu" if where.type == "cuda" else "cpu",
+        "devices": [where.index or 0] if where.type == "cuda" else 1,
+        "gradient_clip_val": 1.0,
+        "num_sanity_val_steps": 0,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+        "enable_checkpointing": False,
+    }
+    about = {"environment": {**environment(), "device": _name(where)}}
+    if run.start_from is not None:
+        return {**train_on_conversations(run, {**options, "logger": False}, checkpoint), **about}
     data = TextDataModule(
         files=None if run.files is None else list(run.files),
         seq_len=run.seq_len,
@@ -103,22 +116,14 @@ def train(run: Run, device: str = "cpu", checkpoint: Path | None = None) -> dict
         val_windows=run.val_windows,
     )
     model = ScaledMoELM(run)
-    if run.start_from is not None:
-        model.load_state_dict(torch.load(run.start_from, map_location="cpu", weights_only=True)["state_dict"])
     kept, losses = Kept(), Losses()
     trainer = L.Trainer(
-        accelerator="gpu" if where.type == "cuda" else "cpu",
-        devices=[where.index or 0] if where.type == "cuda" else 1,
         max_steps=run.steps,
         max_epochs=1,
-        gradient_clip_val=1.0,
-        num_sanity_val_steps=0,
         log_every_n_steps=run.interval,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
         logger=kept,
         callbacks=[losses, *_measuring(run)],
+        **options,
     )
     start = time.perf_counter()
     diverged: str | None = None
@@ -140,7 +145,7 @@ def train(run: Run, device: str = "cpu", checkpoint: Path | None = None) -> dict
         "seconds": round(time.perf_counter() - start, 1),
         "text_sha256": data.describe()["text_sha256"],
         "measured": {key: [list(point) for point in points] for key, points in kept.values.items()},
-        "environment": {**environment(), "device": _name(where)},
+        **about,
     }
 
 

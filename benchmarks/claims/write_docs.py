@@ -9,16 +9,24 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from benchmarks.claims import attention_logits, scale_rule, steps_to_loss, svd_entropy, weight_decay
+from benchmarks.claims import (
+    attention_logits,
+    fine_tuning,
+    scale_rule,
+    scaling_law,
+    steps_to_loss,
+    svd_entropy,
+    weight_decay,
+)
 from benchmarks.claims.command import Results
 from benchmarks.claims.markdown import listed
 
-EXPERIMENTS: dict[str, Callable[[Results], str]] = {
-    module.NAME: module.tables for module in (steps_to_loss, scale_rule, weight_decay, svd_entropy, attention_logits)
-}
+_MODULES = (steps_to_loss, scaling_law, scale_rule, weight_decay, svd_entropy, attention_logits, fine_tuning)
+EXPERIMENTS: dict[str, Callable[[Results], str]] = {module.NAME: module.tables for module in _MODULES}
 ROOT = Path(__file__).parents[2]
 PAGE, RESULTS, PICTURES = ROOT / "docs" / "evidence.md", ROOT / "benchmarks" / "results", ROOT / "docs" / "pictures"
 
@@ -57,11 +65,8 @@ def _block(name: str, tables: Callable[[Results], str], path: Path, picture: Pat
 def described(results: Results) -> str:
     """What the runs were: lengths, seeds, learning rates, hardware, versions and commits."""
     seeds = listed([str(seed) for seed in results["seeds"]])
-    rates = [
-        f"{_NAMES[name]} {one['lr']:g}" + (f" and {one['adamw_lr']:g}" if one["adamw_lr"] is not None else " for all")
-        for name, one in results["tuning"].items()
-    ]
-    edge = [_NAMES[name] for name, one in results["tuning"].items() if one["is_on_edge"]]
+    rates = [f"{_NAMES.get(name, name)} {_rates(one)}" for name, one in results["tuning"].items()]
+    edge = [_NAMES.get(name, name) for name, one in results["tuning"].items() if one["is_on_edge"]]
     device = listed([results["cpu"] if one == "cpu" else one for one in results["devices_of_runs"]])
     commits = listed([f"`{commit[:10]}`" for commit in results["commits_of_runs"]])
     hours = results["seconds_of_runs"] / 3600
@@ -72,6 +77,10 @@ def described(results: Results) -> str:
         + f" {device}, Python {results['python']}, torch {results['torch']}, Lightning {results['lightning']},"
         f" commit {commits}."
     )
+
+
+def _rates(tuned: Mapping[str, Any]) -> str:
+    return f"{tuned['lr']:g}" + (" for all" if tuned["adamw_lr"] is None else f" and {tuned['adamw_lr']:g}")
 
 
 _NAMES = {"adamw": "AdamW", "muon": "Muon", "adamw_one_rate": "AdamW with one rate"}

@@ -85,14 +85,10 @@ def test_training_that_ends_early_is_no_result(monkeypatch: pytest.MonkeyPatch) 
         train(tiny_run())
 
 
-def test_checkpoint_is_kept_and_can_be_started_from(tmp_path: Path) -> None:
+def test_checkpoint_is_kept_and_can_be_loaded(tmp_path: Path) -> None:
     kept = do(tiny_run("adamw", keep_checkpoint=True), tmp_path / "kept", "cpu")
     loaded = MoELM.load_from_checkpoint(kept.checkpoint, weights_only=True)
     assert loaded.optimizer_name == "adamw"
-    still = {"lr": 1e-12, "adamw_lr": 1e-12, "steps": 1, "model": {**TINY, "bias_update_rate": 0.0}}
-    started = train(tiny_run(start_from=str(kept.checkpoint), **still))
-    assert started["val_loss"] == pytest.approx(kept.val_loss, abs=1e-6)
-    assert train(tiny_run(**still))["val_loss"] != pytest.approx(kept.val_loss, abs=1e-3)
 
 
 def test_clipping_bites(tmp_path: Path) -> None:

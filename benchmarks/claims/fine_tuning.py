@@ -1,0 +1,181 @@
+"""Which optimizer to fine-tune with, by the one that the checkpoint was trained with: Moonlight's Table 6, in small.
+
+``python -m benchmarks.claims.fine_tuning [--json benchmarks/results/fine_tuning.json]
+[--picture docs/pictures/fine_tuning.png]``
+
+Checkpoints of Muon and of AdamW, each trained at its tuned learning rates on windows that are long enough for whole
+functions, are fine-tuned with either optimizer: a function of the standard library is asked for, its docstring is the
+answer, and only the answer counts. Each of the four pairs has its own learning rate, one for everything as Moonlight
+has it, tuned by the same search on a seed that is not reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.claims.command import Laboratory, Results, losses_of, main, tuning_as_json
+from benchmarks.claims.description import Run
+from benchmarks.claims.figure import ADAMW, MUON, frame, panels
+from benchmarks.claims.markdown import number, p_value, table
+from benchmarks.claims.paired import Spread, paired
+from benchmarks.claims.run import Outcome
+from benchmarks.claims.setting import MODEL, TUNING_SEED
+from benchmarks.claims.tuning import Grid, Rates, Tuned, tune
+
+NAME = "fine_tuning"
+OPTIMIZERS = ("muon", "adamw")
+SEQ_LEN = 256
+LRS = (5e-4, 1e-3, 2e-3, 4e-3)
+_LABELS = {"muon": "Muon", "adamw": "AdamW"}
+
+
+def experiment(laboratory: Laboratory) -> Results:
+    """Trains the checkpoints, tunes the four pairs, and does the runs that are reported."""
+    rates = laboratory.tune()
+    seeds = [TUNING_SEED, *laboratory.seeds]
+    checkpoints = laboratory.do_arms(
+        {name: {seed: _pretraining(laboratory, name, rates[name].best, seed) for seed in seeds} for name in OPTIMIZERS}
+    )
+    tuned = _tune(laboratory, checkpoints)
+    arms = {
+        pair: {seed: _fine_tuning(laboratory, pair, found.best, checkpoints, seed) for seed in laboratory.seeds}
+        for pair, found in tuned.items()
+    }
+    done = laboratory.do_arms(arms)
+    losses = losses_of(done)
+    return {
+        "tuning": tuning_as_json(rates),
+        "fine_tuning_rates": tuning_as_json(tuned),
+        "pretrained": {
+            name: {seed: outcome.val_loss for seed, outcome in by_seed.items() if seed != TUNING_SEED}
+            for name, by_seed in checkpoints.items()
+        },
+        "val_loss": losses,
+        "val_loss_before": {pair: _figure(by_seed, "val_loss_before") for pair, by_seed in done.items()},
+        "text_loss": {pair: _figure(by_seed, "text_loss") for pair, by_seed in done.items()},
+        "text_loss_before": {pair: _figure(by_seed, "text_loss_before") for pair, by_seed in done.items()},
+        "muon_against_adamw": {
+            trained: paired(losses[f"{trained}/muon"], losses[f"{trained}/adamw"]).asdict() for trained in OPTIMIZERS
+        },
+    }
+
+
+def _figure(by_seed: Mapping[int, Outcome], name: str) -> dict[int, float]:
+    return {seed: outcome.figures[name] for seed, outcome in by_seed.items()}
+
+
+def _pretraining(laboratory: Laboratory, optimizer: str, rates: Rates, seed: int) -> Run:
+    setting = laboratory.setting
+    model = {**MODEL, "max_seq_len": SEQ_LEN}
+    return setting.run(
+        optimizer, rates, seed, 2 * setting.steps, model=model, seq_len=SEQ_LEN, batch_size=4, keep_checkpoint=True
+    )
+
+
+def _fine_tuning(
+    laboratory: Laboratory, pair: str, rates: Rates, checkpoints: Mapping[str, Mapping[int, Outcome]], seed: int
+) -> Run:
+    trained, optimizer = pair.split("/")
+    setting = laboratory.setting
+    return setting.run(
+        optimizer,
+        rates,
+        seed,
+        max(2, setting.steps // 4),
+        model={**MODEL, "max_seq_len": SEQ_LEN},
+        seq_len=SEQ_LEN,
+        batch_size=16,
+        start_from=str(checkpoints[trained][seed].checkpoint),
+    )
+
+
+def _tune(laboratory: Laboratory, checkpoints: Mapping[str, Mapping[int, Outcome]]) -> dict[str, Tuned]:
+    lrs = LRS if laboratory.max_growths is None else LRS[:1]
+    grids = {f"{trained}/{optimizer}": Grid(lrs, (None,)) for trained in OPTIMIZERS for optimizer in OPTIMIZERS}
+
+    def losses_at(points: Sequence[tuple[str, Rates]]) -> list[float]:
+        runs = [_fine_tuning(laboratory, pair, rates, checkpoints, TUNING_SEED) for pair, rates in points]
+        return [outcome.val_loss for outcome in laboratory.do(runs)]
+
+    return tune(grids, losses_at, laboratory.max_growths)
+
+
+def tables(results: Results) -> str:
+    """The results in Markdown."""
+    rows = []
+    for pair, losses in results["val_loss"].items():
+        trained, optimizer = (_LABELS[name] for name in pair.split("/"))
+        spread = {
+            name: Spread.of(list(results[name][pair].values())).text()
+            for name in ("val_loss_before", "text_loss_before", "text_loss")
+        }
+        rate = f"{results['fine_tuning_rates'][pair]['lr']:g}"
+        rows.append(
+            [trained, optimizer, rate, spread["val_loss_before"], Spread.of(list(losses.values())).text(),
+             spread["text_loss_before"], spread["text_loss"]]
+        )  # fmt: skip
+    header = ["trained with", "fine-tuned with", "rate", "answers before", "answers", "text before", "text"]
+    compared = [
+        [_LABELS[trained], number(one["mean"], sign=True), f"{one['seeds_below']} of {len(one['differences'])}",
+         p_value(one["p_below"])]
+        for trained, one in results["muon_against_adamw"].items()
+    ]  # fmt: skip
+    differences = table(["checkpoint of", "fine-tuned with Muon, minus with AdamW", "seeds below", "p"], compared)
+    return "\n\n".join([table(header, rows), differences, "\n".join(findings(results))])
+
+
+def findings(results: Results) -> list[str]:
+    """What was seen of the claims, and what was not, a sentence each."""
+    seeds = len(results["seeds"])
+    losses = {pair: list(by_seed.values()) for pair, by_seed in results["val_loss"].items()}
+    best = min(losses, key=lambda pair: sum(losses[pair]))
+    on_muon, on_adamw = (results["muon_against_adamw"][name] for name in OPTIMIZERS)
+    said = [
+        f"- {'Seen' if best == 'muon/muon' else 'Not seen'}: Muon on Muon's checkpoint is the best of the four pairs."
+        f" The best mean is that of {_pair_text(best)}.",
+        f"- {_seen(on_muon['mean'] < 0 and on_muon['seeds_below'] == seeds)}: Muon is better than AdamW on Muon's"
+        f" checkpoint, in every seed ({on_muon['seeds_below']} of {seeds}, mean {number(on_muon['mean'], sign=True)}).",
+        f"- {_seen(on_adamw['seeds_below'] == 0)}: on AdamW's checkpoint Muon is no better than AdamW, in any seed"
+        f" (below in {on_adamw['seeds_below']} of {seeds}, mean {number(on_adamw['mean'], sign=True)}).",
+    ]
+    edges = [_pair_text(pair) for pair, one in results["fine_tuning_rates"].items() if one["is_on_edge"]]
+    return [*said, f"- The search ended on the edge for {'; '.join(edges)}."] if edges else said
+
+
+def _seen(is_seen: bool) -> str:
+    return "Seen" if is_seen else "Not seen"
+
+
+def _pair_text(pair: str) -> str:
+    trained, optimizer = (_LABELS[name] for name in pair.split("/"))
+    return f"{optimizer} on {trained}'s checkpoint"
+
+
+def draw(results: Results, path: Path) -> None:
+    """What the answers cost after fine-tuning, and what plain text costs then."""
+    with panels(path, 2, width=4.6) as axes:
+        for panel, (key, label) in zip(axes, _PANELS, strict=True):
+            for x, trained in enumerate(OPTIMIZERS):
+                for shift, (optimizer, colour) in zip((-0.12, 0.12), (("muon", MUON), ("adamw", ADAMW)), strict=True):
+                    values: list[Any] = list(results[key][f"{trained}/{optimizer}"].values())
+                    panel.plot([x + shift] * len(values), values, ".", color=colour, alpha=0.5)
+                    name = f"fine-tuned with {_LABELS[optimizer]}" if x == 0 else None
+                    panel.plot([x + shift], [sum(values) / len(values)], "o", color=colour, label=name)
+            frame(panel, "checkpoint of", label)
+            panel.set_xticks(range(len(OPTIMIZERS)), [_LABELS[name] for name in OPTIMIZERS])
+            panel.set_xlim(-0.5, len(OPTIMIZERS) - 0.5)
+        axes[0].legend(frameon=False)
+
+
+_PANELS = (("val_loss", "answers, nats per token"), ("text_loss", "plain text afterwards, nats per byte"))
+
+
+def run(args: Sequence[str] | None = None) -> Results:
+    """The command."""
+    return main(__doc__, NAME, experiment, tables, draw, args)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,68 @@
+"""Fine-tuning as a run, and the experiment of the four pairs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.claims import fine_tuning
+from benchmarks.claims.run import do
+from benchmarks.claims.train import train
+from tests.claims.conftest import tiny_run
+
+
+@pytest.fixture
+def conversations(tmp_path: Path) -> Path:
+    """Short questions, each with its answer."""
+    path = tmp_path / "conversations.jsonl"
+    lines = [json.dumps({"prompt": f"{n} and {n}?", "response": str(2 * n)}) for n in range(250)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_run_begins_with_the_checkpoint_and_learns_answers(tmp_path: Path, conversations: Path) -> None:
+    common = {"files": (str(conversations),), "seq_len": 48, "batch_size": 8}
+    kept = do(tiny_run(keep_checkpoint=True, **common), tmp_path / "kept", "cpu")
+    tuned = {"start_from": str(kept.checkpoint), "adamw_lr": None, **common}
+    still = train(tiny_run(lr=1e-12, steps=1, **tuned))
+    assert still["text_loss"] == pytest.approx(kept.val_loss, abs=2e-2)  # other windows of the same text
+    assert still["val_loss"] == pytest.approx(still["val_loss_before"], abs=1e-6)
+    learnt = train(tiny_run(lr=1e-2, steps=8, **tuned))
+    assert learnt["val_loss_before"] == pytest.approx(still["val_loss_before"], abs=1e-6)
+    assert learnt["val_loss"] < learnt["val_loss_before"] - 0.1
+    assert learnt["text_sha256"] == still["text_sha256"] != kept.figures["text_sha256"]
+
+
+def test_whole_way(tmp_path: Path, conversations: Path) -> None:
+    arguments = ["--steps", "8", "--seeds", "1", "--grid", "tiny", "--max-growths", "0", "--val-windows", "4"]
+    arguments += ["--files", str(conversations), "--folder", str(tmp_path / "runs"), "--devices", "cpu", "cpu"]
+    results = fine_tuning.run([*arguments, "--picture", str(tmp_path / "pairs.png")])
+    assert set(results["val_loss"]) == {"muon/muon", "muon/adamw", "adamw/muon", "adamw/adamw"}
+    before = results["val_loss_before"]
+    assert before["muon/muon"] == before["muon/adamw"] != before["adamw/adamw"] == before["adamw/muon"]
+    assert results["conversations_sha256"] != results["text_sha256"]
+    assert (tmp_path / "pairs.png").stat().st_size > 10_000
+    assert "trained with" in fine_tuning.tables(results)
+
+
+def results(losses: dict[str, list[float]]) -> dict:
+    by_seed = {pair: dict(enumerate(values, start=1)) for pair, values in losses.items()}
+    compared = {
+        trained: fine_tuning.paired(by_seed[f"{trained}/muon"], by_seed[f"{trained}/adamw"]).asdict()
+        for trained in ("muon", "adamw")
+    }
+    rates = {pair: {"lr": 1e-3, "is_on_edge": pair == "muon/adamw"} for pair in losses}
+    return {"seeds": [1, 2], "val_loss": by_seed, "muon_against_adamw": compared, "fine_tuning_rates": rates}
+
+
+def test_findings() -> None:
+    seen = {"muon/muon": [1.0, 1.1], "muon/adamw": [1.2, 1.3], "adamw/muon": [1.4, 1.5], "adamw/adamw": [1.3, 1.5]}
+    said = fine_tuning.findings(results(seen))
+    assert [line.split(":")[0] for line in said[:3]] == ["- Seen"] * 3
+    assert said[3] == "- The search ended on the edge for AdamW on Muon's checkpoint."
+    other = {**seen, "muon/muon": [1.0, 1.4], "adamw/muon": [1.0, 1.0]}
+    said = fine_tuning.findings(results(other))
+    assert [line.split(":")[0] for line in said[:3]] == ["- Not seen"] * 3
+    assert "Muon on AdamW's checkpoint" in said[0]
