@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from benchmarks.claims.command import (
@@ -116,7 +116,7 @@ def tables(results: Results) -> str:
     for arm, losses in results["val_loss"].items():
         largest = Spread.of(list(results["summary"]["largest"][arm].values())).text(1)
         last = Spread.of([curve[-1][1] for curve in results["largest_logit"][arm].values()]).text(1)
-        heads = [sorted(one.values())[len(one) // 2] for one in results["heads_at_the_end"][arm].values()]
+        heads = [median(one.values()) for one in results["heads_at_the_end"][arm].values()]
         clipped = results["share_of_heads_clipped"].get(arm)
         share = "" if clipped is None else f"{100 * fmean(clipped.values()):.0f} %"
         rows.append([arm, Spread.of(list(losses.values())).text(), largest, last, Spread.of(heads).text(1), share])
@@ -179,14 +179,16 @@ def draw(results: Results, path: Path) -> None:
             values = [[value for _, value in curve] for curve in curves]
             with_seeds(over_steps, steps, values, marker="", label=arm, **style)
         over_steps.set_yscale("log")
+        over_steps.yaxis.set_major_formatter("{x:g}")
         frame(over_steps, "optimizer step", "largest attention logit", "largest logit of all heads: mean and seeds")
         over_steps.legend(frameon=False, fontsize=8)
         for place, (arm, style) in enumerate(shown.items()):
-            values = [value for one in results["heads_at_the_end"][arm].values() for value in one.values()]
-            over_heads.plot([place] * len(values), values, linestyle="", marker=".", color=style["color"], alpha=0.7)
-            over_heads.plot([place], [sorted(values)[len(values) // 2]], marker="_", markersize=20, color=OTHER)
+            last = results["heads_at_the_end"][arm]
+            heads: list[float] = [value for one in last.values() for value in one.values()]
+            over_heads.plot([place] * len(heads), heads, linestyle="", marker=".", color=style["color"], alpha=0.7)
+            over_heads.plot([place], [median(heads)], marker="_", markersize=20, color=OTHER)
         over_heads.set_xticks(range(len(shown)), list(shown), rotation=25, ha="right", fontsize=8)
-        over_heads.set_yscale("log")
+        over_heads.set_ylim(bottom=0)
         frame(over_heads, "", "largest logit of a head", "every head of every seed at the end; bars are medians")
 
 

@@ -162,15 +162,19 @@ def findings(results: Results) -> list[str]:
                 f"- {seen}: AdamW's update RMS, its median over hidden parameters, is between {low:.2f} and {high:.2f}"
                 f" {when}. It is {Spread.of(values).text()}, and {min(values):.3f} to {max(values):.3f}."
             )
-    wide, plain = (_mean(results, "mlp_rms", RULES[rule]) for rule in ("adjusted", "baseline"))
-    if wide is not None and plain is not None:
-        said.append(
-            f"- The MLP's weights end {wide / plain:.2f} times as large with {RULES['adjusted']} as with"
-            f" {RULES['baseline']}, where the factors' ratio is 2 and the paper has 1.94."
-        )
+    for what, key, factors, paper in (("MLP's", "mlp_rms", 2, 1.94), ("queries'", "query_rms", 1, 0.97)):
+        own, common = (_mean(results, key, RULES[rule]) for rule in ("adjusted", "baseline"))
+        if own is not None and common is not None:
+            said.append(
+                f"- The {what} weights end {own / common:.2f} times as large with {RULES['adjusted']} as with"
+                f" {RULES['baseline']}, where the factors' ratio is {factors} and the paper has {paper:.2f}."
+            )
     for name, one in results["rules"].items():
+        verdict = ""
+        if name == RULES["baseline"]:
+            verdict = f"{'Seen' if one['seeds_below'] == 0 else 'Not seen'}: one factor for all shapes is worse. "
         said.append(
-            f"- With {name} the loss differs by {number(one['mean'], 4, sign=True)} ±"
+            f"- {verdict}With {name} the loss differs by {number(one['mean'], 4, sign=True)} ±"
             f" {number(one['standard_error'], 4)} (standard error) from that with {RULES['adjusted']}; below in"
             f" {one['seeds_below']} of {len(one['differences'])} seeds."
         )
@@ -196,6 +200,8 @@ def draw(results: Results, path: Path) -> None:
         frame(loss, "update RMS", "validation loss, nats per byte", "how large the update should be")
         loss.legend(frameon=False, fontsize=8)
         weights.set_yscale("log")
+        weights.yaxis.set_major_formatter("{x:g}")
+        weights.yaxis.set_minor_formatter("{x:g}")
         frame(weights, "update RMS", "MLP weight RMS at the end", "what that does to the weights")
         low, high = CLAIMED_RMS
         updates.axhspan(low, high, color=THIRD, alpha=0.15, linewidth=0, label=f"{low:.2f} to {high:.2f}")

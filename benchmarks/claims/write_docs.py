@@ -69,10 +69,11 @@ def described(results: Results) -> str:
     edge = [_NAMES.get(name, name) for name, one in results["tuning"].items() if one["is_on_edge"]]
     device = listed([results["cpu"] if one == "cpu" else one for one in results["devices_of_runs"]])
     commits = listed([f"`{commit[:10]}`" for commit in results["commits_of_runs"]])
-    hours = results["seconds_of_runs"] / 3600
+    minutes, several = results["seconds_of_runs"] / 60, len(results["seeds"]) > 1
     return (
-        f"{len(results['runs'])} runs, {hours:.1f} hours of them together; {results['steps']} steps at full length;"
-        f" seeds {seeds}. Learning rates of the matrices and of the rest, tuned on another seed: {'; '.join(rates)}."
+        f"{len(results['runs'])} runs, {minutes:,.0f} minutes of one process each, added up; {results['steps']} steps"
+        f" at full length; seed{'s' if several else ''} {seeds}. Learning rates of the matrices and of the rest, tuned"
+        f" on another seed: {'; '.join(rates)}."
         + (f" Best on the edge of the grid: {listed(edge)}." if edge else "")
         + f" {device}, Python {results['python']}, torch {results['torch']}, Lightning {results['lightning']},"
         f" commit {commits}."

@@ -116,7 +116,10 @@ def test_scale_rule() -> None:
     assert "at the end of training. It is 0.250 ± 0.000, and 0.250 to 0.250." in said[2]
     assert "at every measured step. It is 0.220 ± 0.035, and 0.190 to 0.250." in said[3]
     assert " 2.00 times as large" in said[4]
-    assert "+0.0250 ± 0.0050" in said[5]
+    assert said[5].startswith("- The queries' weights end 2.00 times")
+    assert said[6].startswith("- Seen: one factor for all shapes is worse.")
+    assert "+0.0250 ± 0.0050" in said[6]
+    assert said[7].startswith("- With 0.2/RMS(O) the loss differs by +0.0000")
 
 
 def test_scale_rule_that_is_not_seen() -> None:
