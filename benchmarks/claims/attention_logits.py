@@ -15,16 +15,9 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from benchmarks.claims.command import (
-    Laboratory,
-    Results,
-    diverged_text,
-    losses_of,
-    main,
-    tuning_as_json,
-    without_diverged,
-)
+from benchmarks.claims.command import Results, diverged_text, main, tuning_as_json
 from benchmarks.claims.figure import ADAMW, MUON, OTHER, THIRD, frame, panels, with_seeds
+from benchmarks.claims.laboratory import Laboratory, losses_of, without_diverged
 from benchmarks.claims.markdown import number, p_value, table
 from benchmarks.claims.paired import Spread, paired
 from benchmarks.claims.run import Outcome

@@ -1,85 +1,24 @@
-"""What the experiments' commands share: their options, the runs, the tuned learning rates, and what is written."""
+"""What the experiments' commands share: their options, and what is written."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks.claims.description import Run
-from benchmarks.claims.pool import default_slots, run_all
+from benchmarks.claims.laboratory import Laboratory
+from benchmarks.claims.pool import default_slots
 from benchmarks.claims.run import Outcome
-from benchmarks.claims.setting import GRIDS, MODEL, SEEDS, STEPS, TUNING_SEED, Setting
-from benchmarks.claims.tuning import Grid, Rates, Tuned, tune
+from benchmarks.claims.setting import GRIDS, MODEL, SEEDS, STEPS, Setting
+from benchmarks.claims.tuning import Tuned
 from examples.moe_lm.demo import environment
 from lightning_muon.checkpoint.atomic import replacing
 
 Results = dict[str, Any]
 """What an experiment's JSON holds. Keys are strings, seeds too."""
-
-Arms = dict[str, dict[int, Outcome]]
-"""Outcomes by arm of an experiment and seed."""
-
-
-@dataclass
-class Laboratory:
-    """Where an experiment's runs are done.
-
-    Attributes:
-        setting: Their length and text.
-        seeds: Those that are reported.
-        grid: Where the search for learning rates begins.
-        max_growths: How often it may grow; ``None`` as often as it has to.
-        folder: Where finished runs are.
-        slots: The devices.
-        options: The command line, for what an experiment adds to it.
-        outcomes: All that was asked for, in order.
-    """
-
-    setting: Setting
-    seeds: Sequence[int]
-    grid: Grid
-    max_growths: int | None
-    folder: Path
-    slots: Sequence[str]
-    options: argparse.Namespace
-    outcomes: dict[str, Outcome] = field(default_factory=dict)
-
-    def do(self, runs: Iterable[Run]) -> list[Outcome]:
-        """What came out of each."""
-        wanted = list(runs)
-        self.outcomes |= run_all(wanted, self.folder, self.slots)
-        return [self.outcomes[run.key] for run in wanted]
-
-    def do_arms(self, arms: Mapping[str, Mapping[int, Run]]) -> Arms:
-        """The same for several arms of an experiment, each with a run for every seed."""
-        self.do(run for by_seed in arms.values() for run in by_seed.values())
-        return {arm: {s: self.outcomes[run.key] for s, run in by_seed.items()} for arm, by_seed in arms.items()}
-
-    def tune(self, one_rate: bool = False) -> dict[str, Tuned]:
-        """Muon's and AdamW's best learning rates, on a seed of its own; with ``one_rate``, AdamW's with a single rate
-        for everything as well, as ``"adamw_one_rate"``."""
-        grids = {"adamw": self.grid, "muon": self.grid}
-        if one_rate:
-            grids["adamw_one_rate"] = Grid(self.grid.lrs, (None,))
-
-        def tried(points: Sequence[tuple[str, Rates]]) -> list[float]:
-            runs = [self.setting.run(name.removesuffix("_one_rate"), rates, TUNING_SEED) for name, rates in points]
-            return [outcome.val_loss for outcome in self.do(runs)]
-
-        return tune(grids, tried, self.max_growths)
-
-
-def without_diverged(arms: Arms) -> tuple[Arms, dict[str, list[int]]]:
-    """The arms of which every run has a loss, and the seeds of the others that diverged."""
-    diverged = {
-        arm: [seed for seed, outcome in by_seed.items() if outcome.has_diverged] for arm, by_seed in arms.items()
-    }
-    whole = {arm: by_seed for arm, by_seed in arms.items() if not diverged[arm]}
-    return whole, {arm: seeds for arm, seeds in diverged.items() if seeds}
 
 
 def diverged_text(results: Results) -> list[str]:
@@ -90,17 +29,13 @@ def diverged_text(results: Results) -> list[str]:
     ]
 
 
-def losses_of(arms: Arms) -> dict[str, dict[int, float]]:
-    """The validation losses."""
-    return {arm: {seed: outcome.val_loss for seed, outcome in by_seed.items()} for arm, by_seed in arms.items()}
-
-
 def tuning_as_json(tuned: Mapping[str, Tuned]) -> Results:
     """The searches, point by point; a diverged run has no loss."""
     return {
         name: {
             "lr": one.best.lr,
             "adamw_lr": one.best.adamw_lr,
+            "initializer_range": one.best.initializer_range,
             "is_on_edge": one.is_on_edge,
             "tried": [
                 {**rates._asdict(), "val_loss": None if loss == float("inf") else loss}

@@ -17,18 +17,10 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from benchmarks.claims.command import (
-    Arms,
-    Laboratory,
-    Results,
-    diverged_text,
-    losses_of,
-    main,
-    tuning_as_json,
-    without_diverged,
-)
+from benchmarks.claims.command import Results, diverged_text, main, tuning_as_json
 from benchmarks.claims.figure import ADAMW, MUON, THIRD, frame, panels, with_seeds
 from benchmarks.claims.kinds import parameters
+from benchmarks.claims.laboratory import Arms, Laboratory, losses_of, without_diverged
 from benchmarks.claims.markdown import number, table
 from benchmarks.claims.paired import Spread, paired
 from benchmarks.claims.run import Outcome

@@ -16,10 +16,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.claims.command import Laboratory, Results, main, tuning_as_json
+from benchmarks.claims.command import Results, main, tuning_as_json
 from benchmarks.claims.compute_ratio import compute_ratios, published_ratio
 from benchmarks.claims.description import Run
 from benchmarks.claims.figure import ADAMW, MUON, frame, panels
+from benchmarks.claims.laboratory import Laboratory
 from benchmarks.claims.markdown import number, table
 from benchmarks.claims.paired import Spread
 from benchmarks.claims.setting import TUNING_SEED
@@ -47,18 +48,15 @@ def geometry(width: int) -> dict[str, Any]:
         "num_hidden_layers": 3,
         "first_k_dense_replace": 1,
         "num_attention_heads": width // 16,
-        "attention": "mla",
-        "kv_lora_rank": width // 2,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 16,
+        "attention": "gqa",
+        "num_key_value_heads": width // 16,
+        "head_dim": 16,
         "intermediate_size": 4 * width,
         "moe_intermediate_size": width,
         "n_routed_experts": 8,
         "num_experts_per_tok": 2,
         "n_shared_experts": 1,
         "max_seq_len": 64,
-        "initializer_range": width**-0.5,
     }
 
 

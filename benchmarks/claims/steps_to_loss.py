@@ -3,10 +3,11 @@
 ``python -m benchmarks.claims.steps_to_loss [--json benchmarks/results/steps_to_loss.json]
 [--picture docs/pictures/steps_to_loss.png]``
 
-Both optimizers are tuned over the same grid of two learning rates (of the matrices, of the rest) at full length, on a
-seed that is not reported; a grid grows until its best pair is inside. Then AdamW runs at full length and Muon at that
-and at shares of it, each to the end of a schedule of its own, from the same weights and over the same windows of text
-for each seed. Muon's shorter runs take the rates that were best at full length, which is a handicap for Muon.
+Both optimizers are tuned over the same grid of two learning rates (of the matrices, of the rest) and two initial
+scales, on a seed that is not reported; a grid grows until its best rates are inside. AdamW is tuned at full length,
+Muon at the share of it that is claimed, and again at full length. Then AdamW runs at full length and Muon at that and
+at shares of it, each to the end of a schedule of its own, from the same weights (but for their scale) and over the same
+windows of text for each seed. All of Muon's shares take the rates that were best at the claimed one.
 
 AdamW with one learning rate for everything, tuned as well, is what a naive comparison would take.
 """
@@ -17,9 +18,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.claims.command import Laboratory, Results, losses_of, main, tuning_as_json
+from benchmarks.claims.command import Results, main, tuning_as_json
 from benchmarks.claims.crossing import crossing, smallest_sure
 from benchmarks.claims.figure import ADAMW, MUON, OTHER, frame, panels, with_seeds
+from benchmarks.claims.laboratory import USUAL_SEARCHES, Laboratory, Search, losses_of
 from benchmarks.claims.markdown import number, p_value, table
 from benchmarks.claims.paired import Spread, paired
 
@@ -27,19 +29,25 @@ NAME = "steps_to_loss"
 SHARES = (0.4, 0.45, 0.5, 0.55, 0.6)
 CLAIMED_SHARE = 0.6
 
+SEARCHES = {
+    **USUAL_SEARCHES,
+    "muon_short": Search("muon", share=CLAIMED_SHARE),
+    "adamw_one_rate": Search("adamw", one_rate=True),
+}
+
 Losses = Mapping[int, float]  # by seed
 
 
 def experiment(laboratory: Laboratory) -> Results:
     """Tunes, and does the runs that are reported."""
-    tuned = laboratory.tune(one_rate=True)
-    setting, seeds = laboratory.setting, laboratory.seeds
+    tuned = laboratory.tune(SEARCHES)
+    setting, seeds, short = laboratory.setting, laboratory.seeds, tuned["muon_short"].best
     steps = {share: round(share * setting.steps) for share in SHARES}
     arms = {
         "adamw": setting.reported("adamw", tuned["adamw"].best, seeds),
         "adamw_one_rate": {s: setting.run("adamw", tuned["adamw_one_rate"].best, s) for s in seeds},
         "muon": setting.reported("muon", tuned["muon"].best, seeds),
-        **{str(share): {s: setting.run("muon", tuned["muon"].best, s, n) for s in seeds} for share, n in steps.items()},
+        **{str(share): {s: setting.run("muon", short, s, n) for s in seeds} for share, n in steps.items()},
     }
     losses = losses_of(laboratory.do_arms(arms))
     muon = {**{share: losses[str(share)] for share in SHARES}, 1.0: losses["muon"]}
@@ -96,19 +104,27 @@ def tables(results: Results) -> str:
         rows.append(_row(f"Muon, {100 * float(share):.0f} %", steps, losses[arm], seeds, difference))
     rates = [
         [_ARMS[arm], f"{one['lr']:g}", "the same" if one["adamw_lr"] is None else f"{one['adamw_lr']:g}",
-         f"{len(one['tried'])}", "yes" if one["is_on_edge"] else "no"]
+         f"{one['initializer_range']:g}", f"{len(one['tried'])}", "yes" if one["is_on_edge"] else "no"]
         for arm, one in tuning.items()
     ]  # fmt: skip
     return "\n\n".join(
         [
             table(header, rows),
-            table(["tuned", "rate of the matrices", "of the rest", "pairs tried", "best on the edge"], rates),
+            table(
+                ["tuned", "rate of the matrices", "of the rest", "initial scale", "tried", "rates on the edge"],
+                rates,
+            ),
             "\n".join(findings(results)),
         ]
     )
 
 
-_ARMS = {"adamw": "AdamW", "adamw_one_rate": "AdamW, one rate", "muon": "Muon"}
+_ARMS = {
+    "adamw": "AdamW",
+    "adamw_one_rate": "AdamW, one rate",
+    "muon": "Muon",
+    "muon_short": f"Muon, {100 * CLAIMED_SHARE:.0f} % of the steps",
+}
 
 
 def _row(

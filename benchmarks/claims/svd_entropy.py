@@ -15,9 +15,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.claims.command import Laboratory, Results, main, tuning_as_json
+from benchmarks.claims.command import Results, main, tuning_as_json
 from benchmarks.claims.figure import ADAMW, MUON, frame, panels
 from benchmarks.claims.kinds import KINDS, by_kind, matrices
+from benchmarks.claims.laboratory import Laboratory
 from benchmarks.claims.markdown import number, table
 
 NAME = "svd_entropy"

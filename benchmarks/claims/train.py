@@ -20,7 +20,7 @@ from typing_extensions import override
 import lightning_muon as lm
 from benchmarks.claims.conversations import train_on_conversations
 from benchmarks.claims.description import Measure, Run
-from benchmarks.claims.scaling import ScaledMoELM
+from benchmarks.claims.scaled_model import ScaledMoELM
 from examples.moe_lm.data import TextDataModule
 from examples.moe_lm.demo import environment
 

@@ -11,7 +11,8 @@ from benchmarks.claims.tuning import Rates
 
 
 def rates_at(width: int, tuned: Mapping[int, Rates]) -> Rates:
-    """The tuned rates where there are some; else where the straight line through their logarithms over log width leads.
+    """The tuned rates where there are some; else where the straight line through their logarithms over log width leads,
+    and the initial scale of the widest.
 
     Args:
         width: The size.
@@ -27,6 +28,7 @@ def rates_at(width: int, tuned: Mapping[int, Rates]) -> Rates:
     return Rates(
         _extended(width, {w: rates.lr for w, rates in tuned.items()}),
         _extended(width, {w: rates.adamw_lr for w, rates in tuned.items() if rates.adamw_lr is not None}),
+        tuned[max(tuned)].initializer_range,
     )
 
 

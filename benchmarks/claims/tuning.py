@@ -1,4 +1,4 @@
-"""Two learning rates by a full grid, which grows until the best pair is not on its edge."""
+"""Two learning rates and the initial scale by a full grid, which grows until the best rates are not on its edge."""
 
 from __future__ import annotations
 
@@ -8,16 +8,25 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+USUAL_INIT = 0.02  # of DeepSeek-V3
+
 
 class Rates(NamedTuple):
-    """The learning rates of the matrices and of the rest; ``None`` is the same for all."""
+    """What is tuned.
+
+    Attributes:
+        lr: The learning rate of the matrices.
+        adamw_lr: That of the rest; ``None`` is the same for all.
+        initializer_range: Standard deviation of the initial weights.
+    """
 
     lr: float
     adamw_lr: float | None
+    initializer_range: float = USUAL_INIT
 
     def times(self, number: float) -> Rates:
         """The matrices' rate so many times as high, the rest's as it is."""
-        return Rates(self.lr * number, self.adamw_lr)
+        return self._replace(lr=self.lr * number)
 
     def text(self) -> str:
         """For tables."""
@@ -26,23 +35,25 @@ class Rates(NamedTuple):
 
 @dataclass(frozen=True)
 class Grid:
-    """All pairs of two lists of learning rates, each ascending by factors of two.
+    """All combinations of two lists of learning rates, each ascending by factors of two, and some initial scales.
 
     Attributes:
         lrs: Of the matrices.
         adamw_lrs: Of the rest; ``(None,)`` is one rate for everything, and no dimension to grow in.
+        initializer_ranges: The initial scales; no dimension to grow in either.
     """
 
     lrs: tuple[float, ...]
     adamw_lrs: tuple[float | None, ...]
+    initializer_ranges: tuple[float, ...] = (USUAL_INIT,)
 
     def points(self) -> list[Rates]:
-        """All pairs."""
-        return [Rates(lr, adamw_lr) for lr, adamw_lr in itertools.product(self.lrs, self.adamw_lrs)]
+        """All combinations."""
+        return [Rates(*point) for point in itertools.product(self.lrs, self.adamw_lrs, self.initializer_ranges)]
 
     def around(self, best: Rates) -> Grid:
         """The grid itself if ``best`` is inside; else with one more value on each side where ``best`` is the last."""
-        return Grid(_grown(self.lrs, best.lr), _grown(self.adamw_lrs, best.adamw_lr))
+        return Grid(_grown(self.lrs, best.lr), _grown(self.adamw_lrs, best.adamw_lr), self.initializer_ranges)
 
 
 def _grown(values: tuple[float | None, ...] | tuple[float, ...], best: float | None) -> tuple[float, ...]:
@@ -59,9 +70,9 @@ class Tuned:
     """What a search has found.
 
     Attributes:
-        best: The pair with the lowest loss.
-        losses: Of every pair that was tried; infinite where training diverged.
-        is_on_edge: The search was ended before the best pair was inside.
+        best: What had the lowest loss.
+        losses: Of everything that was tried; infinite where training diverged.
+        is_on_edge: The search was ended before the best rates were inside.
     """
 
     best: Rates

@@ -15,9 +15,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.claims.command import Laboratory, Results, losses_of, main, tuning_as_json
+from benchmarks.claims.command import Results, main, tuning_as_json
 from benchmarks.claims.figure import ADAMW, MUON, frame, panels, with_seeds
 from benchmarks.claims.kinds import parameters
+from benchmarks.claims.laboratory import Laboratory, losses_of
 from benchmarks.claims.markdown import number, p_value, table
 from benchmarks.claims.paired import Spread, paired
 from benchmarks.claims.run import Outcome

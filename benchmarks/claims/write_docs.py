@@ -81,10 +81,16 @@ def described(results: Results) -> str:
 
 
 def _rates(tuned: Mapping[str, Any]) -> str:
-    return f"{tuned['lr']:g}" + (" for all" if tuned["adamw_lr"] is None else f" and {tuned['adamw_lr']:g}")
+    rates = f"{tuned['lr']:g}" + (" for all" if tuned["adamw_lr"] is None else f" and {tuned['adamw_lr']:g}")
+    return f"{rates} from {tuned['initializer_range']:g}"
 
 
-_NAMES = {"adamw": "AdamW", "muon": "Muon", "adamw_one_rate": "AdamW with one rate"}
+_NAMES = {
+    "adamw": "AdamW",
+    "muon": "Muon",
+    "muon_short": "Muon in shorter runs",
+    "adamw_one_rate": "AdamW with one rate",
+}
 
 
 def main(args: list[str] | None = None) -> None:

@@ -28,7 +28,7 @@ def test_reported_runs_differ_between_optimizers_in_what_they_must() -> None:
 
 def test_model_is_as_the_page_says() -> None:
     config = ModelConfig(**MODEL)
-    assert round(config.num_parameters().total / 1000) == 348
+    assert round(config.num_parameters().total / 1000) == 354
     assert (config.hidden_size, config.num_hidden_layers, config.first_k_dense_replace) == (64, 3, 1)
     assert (
         Setting().run("muon", Rates(1e-2, None), 1).batch_size * Setting().run("muon", Rates(1e-2, None), 1).seq_len

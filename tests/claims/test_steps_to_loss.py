@@ -30,8 +30,8 @@ def results(at_60: dict[int, float]) -> dict:
         "steps": 600,
         "seeds": [1, 2, 3],
         "tuning": {
-            name: {"lr": 4e-3, "adamw_lr": 1.6e-2, "is_on_edge": False, "tried": []}
-            for name in ("adamw", "muon", "adamw_one_rate")
+            name: {"lr": 4e-3, "adamw_lr": 1.6e-2, "initializer_range": 0.02, "is_on_edge": False, "tried": []}
+            for name in ("adamw", "muon", "muon_short", "adamw_one_rate")
         },
         "val_loss": {"adamw": ADAMW, "adamw_one_rate": ONE_RATE, "muon": losses[1.0]}
         | {str(share): by_seed for share, by_seed in losses.items() if share < 1},
@@ -102,9 +102,9 @@ def test_whole_command(tmp_path: Path) -> None:
     assert "16 of 16 runs are done already" in out[1]
     assert "[" not in out[1]
     assert (tmp_path / "pictures" / "found.png").stat().st_size > 10_000
-    assert len(found["runs"]) == 22
+    assert len(found["runs"]) == 24
     assert {run["steps"] for run in found["runs"]} == {20, 12, 11, 10, 9, 8}
-    assert {run["seed"] for run in found["runs"] if run["steps"] < 20} == {1, 2}
+    assert {run["seed"] for run in found["runs"] if run["steps"] < 20} == {1, 2, 100}
     assert found["commit"] in (None, *found["commits_of_runs"])
     losses = [run["val_loss"] for run in found["runs"] if run["optimizer"] == "adamw" and run["seed"] == 1]
     assert losses == [found["val_loss"]["adamw"]["1"], found["val_loss"]["adamw_one_rate"]["1"]]

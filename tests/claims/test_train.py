@@ -67,7 +67,9 @@ def test_shorter_run_sees_the_first_windows_of_the_longer() -> None:
 
 
 def test_diverged_run_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.claims.scaling.ScaledMoELM.training_step", lambda self, *_: self(_[0]).sum() * 1e38)
+    monkeypatch.setattr(
+        "benchmarks.claims.scaled_model.ScaledMoELM.training_step", lambda self, *_: self(_[0]).sum() * 1e38
+    )
     figures = train(tiny_run())
     assert figures["val_loss"] is None
     assert figures["train_loss"] is None
@@ -80,7 +82,7 @@ def test_training_that_ends_early_is_no_result(monkeypatch: pytest.MonkeyPatch) 
         self.trainer.should_stop = True
         return self(batch[:, :-1]).sum()
 
-    monkeypatch.setattr("benchmarks.claims.scaling.ScaledMoELM.training_step", stop)
+    monkeypatch.setattr("benchmarks.claims.scaled_model.ScaledMoELM.training_step", stop)
     with pytest.raises(RuntimeError, match="after step 1 of 4"):
         train(tiny_run())
 

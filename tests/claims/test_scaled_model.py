@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import lightning_muon as lm
-from benchmarks.claims.scaling import ScaledMoELM, factor
+from benchmarks.claims.scaled_model import ScaledMoELM, factor
 from examples.moe_lm.optim import is_auxiliary
 from tests.claims.conftest import TINY, tiny_run
 
