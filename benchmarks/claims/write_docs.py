@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks.claims import (
     attention_logits,
     fine_tuning,
+    momentum_spectra,
     scale_rule,
     scaling_law,
     steps_to_loss,
@@ -26,7 +27,10 @@ from benchmarks.claims.command import Results
 from benchmarks.claims.markdown import listed
 
 _MODULES = (steps_to_loss, scaling_law, scale_rule, weight_decay, svd_entropy, attention_logits, fine_tuning)
-EXPERIMENTS: dict[str, Callable[[Results], str]] = {module.NAME: module.tables for module in _MODULES}
+EXPERIMENTS: dict[str, Callable[[Results], str]] = {
+    **{module.NAME: module.tables for module in _MODULES},
+    momentum_spectra.NAME: momentum_spectra.tables,
+}
 ROOT = Path(__file__).parents[2]
 PAGE, RESULTS, PICTURES = ROOT / "docs" / "evidence.md", ROOT / "benchmarks" / "results", ROOT / "docs" / "pictures"
 
@@ -56,7 +60,8 @@ def _block(name: str, tables: Callable[[Results], str], path: Path, picture: Pat
     if not path.exists():
         return "There are no results here yet."
     results: Results = json.loads(path.read_text())
-    parts = [described(results), tables(results)]
+    what = momentum_spectra.described if name == momentum_spectra.NAME else described
+    parts = [what(results), tables(results)]
     if picture.exists():
         parts.append(f"![{name.replace('_', ' ')}]({picture.parent.name}/{picture.name})")
     return "\n\n".join(parts)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.claims import attention_logits, scale_rule, svd_entropy, weight_decay
+from benchmarks.claims import attention_logits, momentum_spectra, scale_rule, svd_entropy, weight_decay
 from benchmarks.claims.run import Outcome
 from tests.claims.conftest import tiny_run
 
@@ -189,3 +189,20 @@ def test_share_of_heads_clipped() -> None:
 def test_heads() -> None:
     measured = {f"attention/max_logit/{name}": [[1, 1.0], [2, 2.0]] for name in ("a.b", "a.b.0", "a.b.1", "_max")}
     assert attention_logits.of_heads(outcome(measured)) == {"a.b.0": 2.0, "a.b.1": 2.0}
+
+
+def test_momentum_spectra() -> None:
+    def law(depth: str, plain: float, corrected: float, is_curved: bool = False) -> dict:
+        kinds = {"plain": plain, "width_corrected": corrected}
+        return {"depth": depth, **{k: {"exponent": {"value": v}, "is_curved": is_curved} for k, v in kinds.items()}}
+
+    laws = [law("mid-early", 0.3, 0.1), law("mid", 0.2, -0.1), law("mid-late", 0.3, 0.1), law("mid-late", 0.4, 0.2)]
+    laws += [law("final", 0.5, 0.3, is_curved=True), law("–", 9.0, 9.0)]
+    said = momentum_spectra.findings({"laws": laws})
+    assert [line.split(":")[0] for line in said] == ["- Seen"] * 3
+    assert "2 of 3 laws" in said[0]
+    assert "0.50 there and 0.30" in said[1]
+    assert "1 of 1 are" in said[2]
+    laws[4] = law("final", 0.1, 0.0)
+    laws[1] = law("mid", 0.6, 0.5)
+    assert [line.split(":")[0] for line in momentum_spectra.findings({"laws": laws})] == ["- Not seen"] * 3
