@@ -102,6 +102,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     config = ModelConfig.of(yaml.safe_load(options.config.read_text())["model"]["config"])
+    if min(options.tokens) < config.max_seq_len:
+        parser.error(f"--tokens counts whole windows of {config.max_seq_len} tokens: at least one")
     rows = []
     for tokens in options.tokens:
         found = measure(config, tokens, options.device, options.precision, options.rounds)

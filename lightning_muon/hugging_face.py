@@ -77,10 +77,19 @@ def fused_stack(leaf: str, owner: nn.Module, parent: nn.Module | None, shape: tu
 
     Returns:
         ``None`` for a module that is not known to stack matrices.
+
+    Raises:
+        ValueError: The class is known, and the module does not say what the sizes are.
     """
     found = _known(_STACKS, owner, leaf)
     if found is not None:
-        return found[1](owner, shape)
+        try:
+            fused = found[1](owner, shape)
+        except (AttributeError, TypeError, ZeroDivisionError) as error:
+            raise ValueError(_unlike(found[0], leaf, f"{type(error).__name__}: {error}")) from None
+        if len(shape) == 2 and (fused.stack < 1 or shape[0] % fused.stack):
+            raise ValueError(_unlike(found[0], leaf, f"{fused.stack} matrices in {shape[0]} rows"))
+        return fused
     if _is_a(owner, "JetMoeParallelExperts"):
         is_gated = _is_a(parent, "JetMoeMoE") and getattr(parent, "input_linear", None) is owner
         return _halves(_GATE_UP, shape[1]) if is_gated else Fused(_STACK)
@@ -188,8 +197,22 @@ def _mamba2(module: Any, features: int) -> Fused:
     return Fused("fused z, x, B, C, dt", (inner, inner, states, states, module.num_heads))
 
 
+def _selective(module: Any, features: int) -> Fused:
+    states = module.ssm_state_size
+    return Fused("fused dt, B, C", (module.time_step_rank, states, states))
+
+
+def _latent_query_and_gate(module: Any, features: int) -> Fused:
+    heads = module.num_heads
+    return Fused("fused q, gate by heads", (heads * module.qk_head_dim, heads * module.v_head_dim), heads)
+
+
 def _zamba(module: Any, features: int) -> Fused:
     return _halves("fused x, z in turn", features, in_turn=True)
+
+
+def _groups(module: Any, shape: tuple[int, ...]) -> Fused:
+    return Fused("stack of matrices", stack=module.n_groups)
 
 
 def _dbrx(transposed: bool) -> _CutStack:
@@ -224,6 +247,9 @@ _PROJECTIONS: dict[tuple[str, str], _Cut] = {
     ("Qwen3NextGatedDeltaNet", "in_proj_qkvz"): _delta_net_by_heads,
     ("Qwen3NextGatedDeltaNet", "in_proj_ba"): _gates_by_heads,
     **{(mixer, "in_proj"): _in_halves("fused x, z") for mixer in _MAMBA},
+    **{(mixer, "x_proj"): _selective for mixer in _MAMBA},
+    ("AXK2Attention", "q_gate_proj"): _latent_query_and_gate,
+    ("MoshiGatingMLP", "fc1"): _in_halves("fused gate, up"),
     **{(mixer, "in_proj"): _mamba2 for mixer in (*_MAMBA2, "GraniteMoeHybridMambaLayer")},
     ("ZambaMambaMixer", "in_proj"): _zamba,
     ("ModernBertDecoderMLP", "Wi"): _in_halves("fused input, gate"),
@@ -236,6 +262,7 @@ _STACKS: dict[tuple[str, str], _CutStack] = {
     ("DbrxExpertGLU", "w2"): _dbrx(transposed=True),
     ("Llama4TextExperts", "gate_up_proj"): lambda module, shape: _halves(_GATE_UP, shape[2], transposed=True),
     ("Llama4TextExperts", "down_proj"): _transposed,
+    ("DeepseekV4GroupedLinear", "weight"): _groups,
     ("LongcatFlashExperts", "gate_up_proj"): lambda module, shape: _halves(_GATE_UP, shape[1]),
     ("RecurrentGemmaRglru", "input_gate_weight"): _transposed,
     ("RecurrentGemmaRglru", "recurrent_gate_weight"): _transposed,

@@ -138,7 +138,11 @@ class MatrixLayout:
         blocks = tuple(split_sizes) if split_sizes else (features,)
         if sum(blocks) != features or min(blocks) < 1:
             raise ValueError(f"split_sizes={blocks} must be positive and sum to the {features} output features.")
-        if interleaved < 1 or any(block % interleaved for block in blocks):
+        if isinstance(interleaved, bool) or not isinstance(interleaved, int) or interleaved < 1:
+            raise ValueError(f"interleaved={interleaved!r} must be a positive integer.")
+        if interleaved > 1 and len(blocks) == 1:
+            raise ValueError(f"interleaved={interleaved} deals out several blocks: say their sizes, split_sizes=(...).")
+        if any(block % interleaved for block in blocks):
             raise ValueError(f"interleaved={interleaved} must divide each block of sizes {blocks}.")
         heads = (num_heads or 1,) * len(blocks) if not isinstance(num_heads, Sequence) else tuple(num_heads)
         if len(heads) != len(blocks) or any(h < 1 or b % h for b, h in zip(blocks, heads, strict=False)):
@@ -148,7 +152,7 @@ class MatrixLayout:
             raise ValueError(f"num_heads={num_heads}: the {interleaved} runs of each block must hold whole heads.")
         of_a_run = tuple(b // h for b, h in zip(blocks, heads, strict=True) for _ in range(max(1, h // interleaved)))
         if whole:
-            return cls(stack, rows, cols, dim, of_a_run, transposed, interleaved if len(blocks) > 1 else 1)
+            return cls(stack, rows, cols, dim, of_a_run, transposed, interleaved)
         return cls(stack, rows, cols, dim, of_a_run * interleaved, transposed)
 
     @property

@@ -95,4 +95,4 @@ def muon_route(
 
 def is_transposed(candidate: Candidate) -> bool:
     """``transformers``' Conv1D (GPT-2) is a Linear that stores ``(in, out)``; known by name, not to depend on it."""
-    return any(type(module).__name__ == "Conv1D" for module in candidate.modules)
+    return any(kind.__name__ == "Conv1D" for module in candidate.modules for kind in type(module).__mro__)

@@ -110,7 +110,10 @@ def _decide(candidate: Candidate, rules: Iterable[Rule], group: Mapping[str, Any
             continue  # the bias beside a weight that the rule is about
         if rule.matches(candidate.names):
             return _as_told(candidate, f"rule {rule.pattern!r}", vars(rule))
-    if group.get("split_sizes") or group.get("num_heads") or group.get("transposed"):
+    if (
+        any(group.get(option) for option in ("split_sizes", "num_heads", "transposed"))
+        or group.get("interleaved", 1) != 1
+    ):
         return _as_told(candidate, "group option", {**group, "algorithm": "muon"})
     for built_in in BUILT_IN:
         decision = built_in(candidate)

@@ -13,12 +13,16 @@ from typing_extensions import override
 
 from examples.moe_lm.data import SEPARATOR, VOCAB_SIZE, FixedWindows, RandomWindows, TextDataModule
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+_TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "*.model", "*.tiktoken")
 
 
 def load_tokenizer(folder: Path) -> Any | None:
-    """The tokenizer in a folder, from its files alone; ``None`` if there is none."""
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    """The tokenizer in a folder, from its files alone; ``None`` if there is none.
+
+    Raises:
+        OSError, ValueError: There are files of one, but `transformers` makes none of them.
+    """
+    if not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
         return None
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 

@@ -22,14 +22,28 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import lightning_muon as lm
 from examples.hugging_face.text import Text, load_tokenizer
 
+_OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.index.json")
+
 
 def load_model(path: Path) -> Any:
-    """The model of a folder or a ``config.json``: with the folder's weights if it has some, else from scratch. Nothing
-    comes from a network, and no code from the folder."""
-    folder = path if path.is_dir() else path.parent
-    if path.is_dir() and any(folder.glob("*.safetensors")):
-        return AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32
+    """The model of a folder or a ``config.json``, in train mode: with the folder's weights if it has some, else from
+    scratch. Nothing comes from a network, and no code from the folder.
+
+    Raises:
+        FileNotFoundError: There is no such folder or file.
+        ValueError: The folder's weights are in files that are not read.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there: name a config.json, or a folder with one")
+    if path.is_dir() and any(path.glob("*.safetensors")):
+        model = AutoModelForCausalLM.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False, dtype=torch.float32
+        )
+        return model.train()  # `from_pretrained` leaves it in eval mode, and Lightning does not change that
+    if path.is_dir() and (others := [file.name for kind in _OTHER_WEIGHTS for file in path.glob(kind)]):
+        raise ValueError(
+            f"{path} has weights, but not as *.safetensors: {', '.join(sorted(others))}. Save them again with"
+            " save_pretrained, or name its config.json to begin from random weights"
         )
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     return AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
@@ -85,13 +99,13 @@ class CausalLM(L.LightningModule):
         if self.hparams["optimizer"] == "muon":
             optimizer = lm.Muon(self, **options)
         else:
-            everything = {"params": list(self.named_parameters(remove_duplicate=False)), "algorithm": "adamw"}
-            optimizer = lm.Muon([everything], **{**options, "adamw_lr": None})
+            everything = [lm.Rule("", algorithm="adamw")]  # and the monitors see the same matrices
+            optimizer = lm.Muon(self, rules=everything, **{**options, "adamw_lr": None})
         if self.trainer.is_global_zero:
             print(optimizer.explain())
         steps, warmup = self.trainer.estimated_stepping_batches, self.hparams["warmup"]
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min(1.0, (step + 1) / warmup) * (1 - 0.9 * min(1.0, step / steps))
+            optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup)) * (1 - 0.9 * min(1.0, step / steps))
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -122,9 +136,17 @@ def main(args: Sequence[str] | None = None) -> CausalLM:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--save", type=Path, help="where to write the trained model, as transformers loads it")
     options = parser.parse_args(args)
+    if options.save is not None:  # training ends long after a mistake here
+        options.save.mkdir(parents=True, exist_ok=True)
     L.seed_everything(options.seed, verbose=False)
-    model = load_model(options.model)
-    tokenizer = load_tokenizer(options.model) if options.model.is_dir() else None
+    try:
+        model = load_model(options.model)
+        tokenizer = load_tokenizer(options.model) if options.model.is_dir() else None
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and options.seq_len > longest:
+        parser.error(f"--seq-len {options.seq_len} is more than the model's {longest} positions")
     windows = {"seq_len": options.seq_len, "batch_size": options.batch_size, "val_windows": 4 * options.batch_size}
     text = Text(tokenizer, files=options.files, **windows)
     if model.get_input_embeddings().weight.shape[0] < text.vocab_size:
@@ -140,6 +162,7 @@ def main(args: Sequence[str] | None = None) -> CausalLM:
         enable_checkpointing=False,
     )
     trainer.fit(module, text)
+    trainer.validate(module, text)  # prints the loss
     if options.save is not None:
         module.save_pretrained(options.save)
         if tokenizer is not None and trainer.is_global_zero:

@@ -1,6 +1,6 @@
 """Even loads for the experts: by a bias that does without an auxiliary loss, and by DeepSeek-V3's small loss beside it.
 
-Shape suffixes: B sequences, T tokens of each, E routed experts, K experts per token, L layers.
+Shape suffixes: B sequences, T tokens of each, E routed experts, L layers.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ def count_tokens(experts: Tensor, num_experts: int) -> Tensor:
     )
 
 
-def sequence_loss(scores_BTE: Tensor, experts_BTK: Tensor) -> Tensor:
+def sequence_loss(scores_BTE: Tensor, top_k: int) -> Tensor:
     """DeepSeek-V3's sequence-wise balancing loss (arXiv 2412.19437, eq. 17 – 20), its factor alpha left out; a scalar.
 
-    ``mean over sequences of sum_i f_i P_i``; ``f_i`` is the share of the sequence's choices that fell on expert i,
-    times E, and ``P_i`` the mean over its tokens of expert i's share of the scores. 1 where either is even.
+    ``mean over sequences of sum_i f_i P_i``; ``f_i`` is expert i's share among the ``top_k`` best scores of each token,
+    times E, and ``P_i`` the mean over the sequence's tokens of expert i's share of the scores. 1 where either is even.
+    The best scores are taken without the bias and the groups that take part in the choice.
     """
-    num_experts, choices = scores_BTE.shape[-1], experts_BTK.flatten(1)
-    counts_BE = torch.zeros(len(choices), num_experts, device=choices.device)
-    counts_BE = counts_BE.scatter_add(1, choices, torch.ones_like(choices, dtype=counts_BE.dtype))
-    f_BE = counts_BE * (num_experts / choices.shape[1])
+    num_experts, best = scores_BTE.shape[-1], scores_BTE.detach().topk(top_k, dim=-1).indices.flatten(1)
+    counts_BE = torch.zeros(len(best), num_experts, device=best.device)
+    counts_BE = counts_BE.scatter_add(1, best, torch.ones_like(best, dtype=counts_BE.dtype))
+    f_BE = counts_BE * (num_experts / best.shape[1])
     p_BE = (scores_BTE / scores_BTE.sum(-1, keepdim=True)).mean(1)
     return (f_BE * p_BE).sum(-1).mean()
 

@@ -46,8 +46,8 @@ class ModelConfig:
         routed_scaling_factor: factor on the routed experts' output, which keeps its size that of one expert's:
             :func:`~examples.moe_lm.gate_scale.gate_scale` computes Moonlight's 2.446 for 6 of 64, and 1.41 for 2 of 8.
         bias_update_rate: step of the load-balancing bias per optimizer step; 1e-3 in DeepSeek-V3 and Moonlight.
-        aux_loss_alpha: weight of the sequence-wise balancing loss in the training loss; 0 leaves it out,
-            DeepSeek-V3 has 1e-4.
+        aux_loss_alpha: weight in the training loss of the sequence-wise balancing loss, summed over the layers; 0
+            leaves it out, DeepSeek-V3 has 1e-4.
         max_seq_len: longest context in tokens; ``generate`` crops to it.
         rope_theta: base of the rotary frequencies.
         rms_norm_eps: epsilon inside RMSNorm's root.
@@ -93,7 +93,16 @@ class ModelConfig:
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
-        if self.n_routed_experts % self.n_group or not 1 <= self.topk_group <= self.n_group:
+        if not 0 <= self.first_k_dense_replace <= self.num_hidden_layers:
+            raise ValueError(
+                f"first_k_dense_replace={self.first_k_dense_replace} must lie between 0 and "
+                f"num_hidden_layers={self.num_hidden_layers}"
+            )
+        if self.q_lora_rank is not None and self.q_lora_rank < 1:
+            raise ValueError(f"q_lora_rank={self.q_lora_rank} must be positive; None does not compress queries")
+        if self.aux_loss_alpha < 0:
+            raise ValueError(f"aux_loss_alpha={self.aux_loss_alpha} must not be negative")
+        if self.n_group < 1 or self.n_routed_experts % self.n_group or not 1 <= self.topk_group <= self.n_group:
             raise ValueError(
                 f"n_group={self.n_group} must divide n_routed_experts={self.n_routed_experts}, and "
                 f"topk_group={self.topk_group} must lie between 1 and n_group"

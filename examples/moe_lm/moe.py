@@ -41,7 +41,7 @@ class MixtureOfExperts(nn.Module):
         """``(B, T, H)`` to the same shape."""
         x_NH = x_BTH.flatten(0, -2)
         routing = self.gate(x_NH)
-        experts_NK, weights_NK, _ = routing
+        experts_NK, weights_NK, *_ = routing
         tokens_per_expert_E = count_tokens(experts_NK, self.num_experts)
         if self.training:
             loss = self._sequence_loss(routing, num_sequences=x_BTH.shape[0])
@@ -60,8 +60,7 @@ class MixtureOfExperts(nn.Module):
         if not self.aux_loss_alpha:
             return None
         scores_BTE = routing.scores.view(num_sequences, -1, self.num_experts)
-        experts_BTK = routing.experts.view(*scores_BTE.shape[:2], -1)
-        return self.aux_loss_alpha * sequence_loss(scores_BTE, experts_BTK)
+        return self.aux_loss_alpha * sequence_loss(scores_BTE, self.gate.top_k)
 
     def _count(self, tokens_per_expert_E: Tensor) -> None:
         if self.tokens_per_expert is None or self.tokens_per_expert.device != tokens_per_expert_E.device:

@@ -47,13 +47,15 @@ def moe_reference(layer: MixtureOfExperts, x: Tensor, top_k: int, scaling: float
     return torch.stack(rows)
 
 
-def sequence_loss_reference(scores: Tensor, experts: Tensor) -> Tensor:
-    """``(B, T, E)`` scores and ``(B, T, K)`` choices: equations 17 – 20 of arXiv 2412.19437, as they stand there."""
+def sequence_loss_reference(scores: Tensor, top_k: int) -> Tensor:
+    """Of scores ``(B, T, E)``: equations 17 – 20 of arXiv 2412.19437, one expert at a time."""
     num_sequences, num_tokens, num_experts = scores.shape
-    top_k, total = experts.shape[-1], torch.zeros(())
+    total = torch.zeros(())
     for b in range(num_sequences):
+        rows = scores[b].tolist()
+        best = [sorted(range(num_experts), key=row.__getitem__)[-top_k:] for row in rows]
         for i in range(num_experts):
-            f = sum(i in experts[b, t].tolist() for t in range(num_tokens)) * num_experts / (top_k * num_tokens)
+            f = sum(i in chosen for chosen in best) * num_experts / (top_k * num_tokens)
             p = sum(scores[b, t, i] / scores[b, t].sum() for t in range(num_tokens)) / num_tokens
             total = total + f * p
     return total / num_sequences

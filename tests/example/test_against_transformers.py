@@ -18,6 +18,7 @@ SHAPE = {**TINY, "routed_scaling_factor": 2.446, "rope_theta": 50_000.0, "n_shar
 KINDS: dict[str, dict[str, int]] = {
     "moonlight": {},
     "compressed queries": {"q_lora_rank": 12},
+    "weights as they are": {"norm_topk_prob": False},
     "groups of experts": {"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3},
 }
 
@@ -36,13 +37,14 @@ def make_pair(kind: str) -> tuple[MoELM, torch.nn.Module]:
     ours = MoELM(ModelConfig(initializer_range=0.2, **fields)).eval()
     for layer in ours.moe_layers.values():
         layer.gate.e_score_correction_bias.normal_(std=0.3)
-    shape = {key: value for key, value in fields.items() if key not in ("head_dim", "rope_theta", "max_seq_len")}
+    left_out = ("head_dim", "rope_theta", "max_seq_len", "norm_topk_prob")
+    shape = {key: value for key, value in fields.items() if key not in left_out}
     shape = {"num_experts_per_tok": 2, "q_lora_rank": None, "n_group": 1, "topk_group": 1, **shape}
     config = transformers.DeepseekV3Config(
         **{**shape, "num_key_value_heads": TINY["num_attention_heads"]},
         vocab_size=257,
         first_k_dense_replace=1,
-        norm_topk_prob=True,
+        norm_topk_prob=ours.config.norm_topk_prob,
         rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": SHAPE["rope_theta"]},
         rope_interleave=True,

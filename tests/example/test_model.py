@@ -113,6 +113,10 @@ def test_generate_is_repeatable_and_crops_its_context() -> None:
     [
         ({"num_experts_per_tok": 9}, "num_experts_per_tok=9"),
         ({"qk_rope_head_dim": 3}, "must be even"),
+        ({"n_group": 0}, "n_group=0 must divide"),
+        ({"first_k_dense_replace": 9}, "between 0 and num_hidden_layers=4"),
+        ({"q_lora_rank": 0}, "q_lora_rank=0 must be positive"),
+        ({"aux_loss_alpha": -0.1}, "must not be negative"),
         ({"n_group": 3}, "n_group=3 must divide n_routed_experts=8"),
         ({"n_group": 2, "topk_group": 3}, "topk_group=3 must lie between 1 and n_group"),
         ({"n_group": 8}, "fewer than two"),

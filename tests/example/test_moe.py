@@ -130,31 +130,60 @@ def test_counts_tokens_of_training_forwards_only() -> None:
 
 def test_sequence_loss_equals_its_formula_and_is_one_where_scores_are_even() -> None:
     scores = torch.rand(3, 7, 6, requires_grad=True)
-    experts = torch.stack([torch.randperm(6)[:2] for _ in range(21)]).view(3, 7, 2)
-    weight = torch.autograd.grad(sequence_loss(scores, experts), scores)[0]
-    expected = torch.autograd.grad(sequence_loss_reference(scores, experts), scores)[0]
-    torch.testing.assert_close(sequence_loss(scores, experts), sequence_loss_reference(scores, experts))
-    torch.testing.assert_close(weight, expected)
-    assert sequence_loss(torch.full((2, 5, 4), 0.3), torch.zeros(2, 5, 1, dtype=torch.int64)).item() == pytest.approx(1)
+    gradient = torch.autograd.grad(sequence_loss(scores, 2), scores)[0]
+    expected = torch.autograd.grad(sequence_loss_reference(scores, 2), scores)[0]
+    torch.testing.assert_close(sequence_loss(scores, 2), sequence_loss_reference(scores, 2))
+    torch.testing.assert_close(gradient, expected)
+    assert sequence_loss(torch.full((2, 5, 4), 0.3), 1).item() == pytest.approx(1)
 
 
 def test_sequence_loss_is_left_by_training_forwards_once_and_per_sequence() -> None:
     layers = {str(i): make_layer(ModelConfig(aux_loss_alpha=0.5, **TINY)) for i in range(2)}
     x = torch.randn(3, 6, 32)
     for layer in layers.values():
+        layer.gate.e_score_correction_bias.normal_()  # has no say in it
         layer.eval()(x)
     assert take_sequence_losses(layers) is None
     expected = []
     for layer in layers.values():
         layer.train()(x)
-        experts, _, scores = layer.gate(x.flatten(0, 1))
-        expected.append(0.5 * sequence_loss_reference(scores.view(3, 6, 4), experts.view(3, 6, 2)))
+        scores = layer.gate(x.flatten(0, 1)).scores
+        expected.append(0.5 * sequence_loss_reference(scores.view(3, 6, 4), 2))
     loss = take_sequence_losses(layers)
     assert loss is not None
     torch.testing.assert_close(loss, sum(expected))
     loss.backward()
     assert all(layer.gate.weight.grad is not None and layer.gate.weight.grad.norm() > 0 for layer in layers.values())
     assert take_sequence_losses(layers) is None
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_step_adds_the_auxiliary_loss_once_and_counts_once(checkpointing: bool) -> None:
+    windows, losses = torch.randint(257, (3, 9)), {}
+    for alpha in (0.0, 0.7):
+        torch.manual_seed(0)
+        config = ModelConfig(aux_loss_alpha=alpha, initializer_range=0.2, **TINY)
+        model = MoELM(config, activation_checkpointing=checkpointing).train()
+        model.trainer = L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", log_every_n_steps=0)
+        losses[alpha] = model.training_step(windows, 0)
+        losses[alpha].backward()
+        for layer in model.moe_layers.values():
+            assert layer.sequence_loss is None  # a recomputed forward leaves none behind
+            assert layer.tokens_per_expert is not None
+            assert int(layer.tokens_per_expert.sum()) == 3 * 8 * config.num_experts_per_tok
+    seen: list[torch.Tensor] = []
+    for layer in model.moe_layers.values():
+        layer.gate.register_forward_hook(lambda _, __, routing: seen.append(routing.scores))
+    model(windows[:, :-1])
+    expected = 0.7 * sum(sequence_loss_reference(scores.view(3, 8, 4), 2) for scores in seen)
+    torch.testing.assert_close(losses[0.7] - losses[0.0], expected)
+
+
+def test_weights_that_are_not_normalised() -> None:
+    layer = make_layer(ModelConfig(norm_topk_prob=False, routed_scaling_factor=1.7, **TINY))
+    x = torch.randn(6, 32)
+    routing = layer.gate(x)
+    torch.testing.assert_close(routing.weights, 1.7 * routing.scores.gather(-1, routing.experts))
 
 
 def test_without_an_auxiliary_loss_there_is_none() -> None:
