@@ -145,7 +145,7 @@ def _matrix(candidate: Candidate) -> Route | None:
 def _expert_stack(candidate: Candidate) -> Route | None:
     if candidate.param.ndim != 3 or not any("expert" in name.lower() for name in candidate.names):
         return None
-    if any(fused in name for name in candidate.names for fused in _FUSED_GATE_UP_NAMES):
+    if is_named_fused(candidate):
         return None  # which half of which dimension is the gate cannot be seen: the user has to say
     return muon_route(candidate, "stack of experts")
 

@@ -57,11 +57,13 @@ class Router:
         self._names: set[str] = set()
         self._owners: dict[str, nn.Module] = {}
         self._parents: dict[str, nn.Module] = {}
-        modules = {} if module is None else dict(module.named_modules(remove_duplicate=False))
-        for prefix, owner in modules.items():
+        named = () if module is None else tuple(module.named_modules(remove_duplicate=False))
+        modules = {canonical_name(prefix): one for prefix, one in named}  # of wrappers and what they wrap the latter
+        for prefix, owner in named:
+            place = canonical_name(prefix)
             for name, _ in owner.named_parameters(recurse=False):
                 path = canonical_name(f"{prefix}.{name}" if prefix else name)
-                self._owners[path], self._parents[path] = owner, modules[prefix.rpartition(".")[0]]
+                self._owners[path], self._parents[path] = owner, modules[place.rpartition(".")[0]]
 
     def split(self, group: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Route]]:
         """Split a group into one for Muon and one for AdamW, as far as both are needed.

@@ -13,8 +13,6 @@ from examples.moe_lm.data import TextDataModule
 from examples.moe_lm.finetune import fine_tune
 from examples.moe_lm.instructions import InstructionDataModule
 
-VAL_FRACTION = 0.15  # of the library's files; some hundred conversations
-
 
 def train_on_conversations(run: Run, trainer_options: dict[str, Any], checkpoint: Path | None) -> dict[str, Any]:
     """Fine-tune from the run's ``start_from``.
@@ -30,7 +28,8 @@ def train_on_conversations(run: Run, trainer_options: dict[str, Any], checkpoint
     """
     assert run.start_from is not None
     files = None if run.files is None else list(run.files)
-    data = InstructionDataModule(files, seq_len=run.seq_len, batch_size=run.batch_size, val_fraction=VAL_FRACTION)
+    # Both hold out the same files, those that the checkpoint has not seen either: by one hash and one fraction.
+    data = InstructionDataModule(files, seq_len=run.seq_len, batch_size=run.batch_size)
     text = TextDataModule(files, seq_len=run.seq_len, batch_size=run.batch_size, val_windows=run.val_windows)
     start = time.perf_counter()
     figures: dict[str, Any] = {}

@@ -29,13 +29,13 @@ def docstring_pairs(documents: Sequence[Document]) -> list[dict[str, Any]]:
 
 def _pairs(content: bytes) -> Iterator[dict[str, Any]]:
     try:
-        source = content.decode()
+        source = content.decode().replace("\r\n", "\n").replace("\r", "\n")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the library's own escapes in its strings
             tree = ast.parse(source)
     except (UnicodeDecodeError, SyntaxError, ValueError):
         return
-    lines = source.splitlines()
+    lines = source.split("\n")  # as ast counts them; splitlines() also ends a line at a form feed
     functions = [node for node in ast.walk(tree) if isinstance(node, _Function)]
     for function in sorted(functions, key=lambda node: node.lineno):
         docstring = ast.get_docstring(function)

@@ -35,9 +35,9 @@ class Experts(nn.Module):
 def expert_matmul(x_SM: Tensor, stack_ENM: Tensor, ends_E: Tensor) -> Tensor:
     """``x[s] @ stack[e].T`` for every row ``s`` of expert ``e``: ``(S, N)``.
 
-    One grouped product where this build of torch and the shapes allow it, else a loop over the experts. An expert
-    without rows is not skipped, so that its gradient is zero and not missing: DDP waits for every parameter's gradient,
-    and an optimizer that shards its state needs the same parameters on each rank.
+    One grouped product where torch has it for the device, the dtype and the shapes, else a loop over the experts. An
+    expert without rows is not skipped, so that its gradient is zero and not missing: DDP waits for every parameter's
+    gradient, and an optimizer that shards its state needs the same parameters on each rank.
 
     Args:
         x_SM: rows sorted by expert.
@@ -61,7 +61,7 @@ def can_group(x_SM: Tensor, stack_ENM: Tensor) -> bool:
     It takes bf16 on CUDA from compute capability 8.0, and fp32, bf16 or fp16 on a CPU; of one dtype, with rows of whole
     16 bytes on either side of the product.
     """
-    if x_SM.dtype != stack_ENM.dtype or not hasattr(F, "grouped_mm"):
+    if x_SM.dtype != stack_ENM.dtype:
         return False
     if any(width * x_SM.element_size() % 16 for width in stack_ENM.shape[1:]):
         return False

@@ -22,7 +22,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 import lightning_muon as lm
-from examples.moe_lm.data import TextDataModule
+from examples.moe_lm.data import VOCAB_SIZE, TextDataModule
 from examples.moe_lm.instruction_model import InstructionLM
 from examples.moe_lm.instructions import InstructionDataModule
 from examples.moe_lm.optim import OptimizerName
@@ -42,6 +42,7 @@ def fine_tune(
     epochs: int = 2,
     max_steps: int = -1,
     seed: int = 0,
+    activation_checkpointing: bool = False,
     text: TextDataModule | None = None,
     save_to: str | Path | None = None,
     trainer_options: Mapping[str, Any] | None = None,
@@ -59,6 +60,7 @@ def fine_tune(
         epochs: Passes over the conversations.
         max_steps: Optimizer steps instead, if positive.
         seed: Of the conversations' order; nothing else is random.
+        activation_checkpointing: Keep only the layers' inputs for the backward pass.
         text: Text whose loss before and after tells what was forgotten.
         save_to: A file for the weights afterwards, which ``convert.py to-hf`` reads.
         trainer_options: Of the Trainer: accelerator, devices, strategy, precision, logger, callbacks, ….
@@ -81,7 +83,13 @@ def fine_tune(
         adamw_lr=adamw_lr,
         weight_decay=weight_decay,
         warmup_fraction=warmup_fraction,
+        activation_checkpointing=activation_checkpointing,
     )
+    if data.tokenizer is None and model.config.vocab_size != VOCAB_SIZE:
+        raise ValueError(
+            f"{checkpoint} knows {model.config.vocab_size} tokens, and without a tokenizer a token is a byte: name the"
+            " folder of its tokenizer"
+        )
     if data.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"{checkpoint} knows {model.config.vocab_size} tokens, and the conversations have {data.vocab_size}: name"
@@ -141,6 +149,8 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-steps", type=int, default=-1, help="optimizer steps in place of epochs")
     parser.add_argument("--seq-len", type=int, default=256, help="longer conversations are left out")
     parser.add_argument("--batch-size", type=int, default=32, help="conversations per batch, over all ranks")
+    parser.add_argument("--accumulate", type=int, default=1, help="batches per optimizer step")
+    parser.add_argument("--activation-checkpointing", action="store_true", help="less memory, a third more work")
     parser.add_argument("--seed", type=int, default=0, help="of the conversations' order")
     parser.add_argument("--strategy", default="muon_zero1", help="muon_zero1, or muon_fsdp for what does not fit")
     parser.add_argument("--accelerator", default="auto")
@@ -175,6 +185,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         epochs=options.epochs,
         max_steps=options.max_steps,
         seed=options.seed,
+        activation_checkpointing=options.activation_checkpointing,
         save_to=saved,
         trainer_options={
             "strategy": options.strategy,
@@ -184,6 +195,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
             "precision": options.precision,
             "logger": logger,
             "log_every_n_steps": 5,
+            "accumulate_grad_batches": options.accumulate,
             "callbacks": [lm.UpdateRMSMonitor(), lm.WeightNormMonitor(), LearningRateMonitor("step")],
             "enable_model_summary": False,
         },

@@ -53,8 +53,11 @@ class InstructionLM(MoELM):
 
         Raises:
             CheckpointError: It is missing, torn or altered.
+            ValueError: It is another kind of checkpoint.
         """
         content = load_file(checkpoint)
+        if not {cls.CHECKPOINT_HYPER_PARAMS_KEY, "state_dict"} <= set(content):
+            raise ValueError(f"{checkpoint} is no checkpoint of MoELM: it has {', '.join(map(str, content))}")
         model = cls(**{**content[cls.CHECKPOINT_HYPER_PARAMS_KEY], **changes})
         model.load_state_dict(content["state_dict"])
         return model

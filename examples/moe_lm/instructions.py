@@ -54,7 +54,8 @@ def read_conversations(files: Sequence[str]) -> list[Document]:
     """
     found = []
     for file in files:
-        for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), start=1):
+        # not splitlines(), which also ends a line at characters that JSON allows in its strings
+        for number, line in enumerate(Path(file).read_text(encoding="utf-8").split("\n"), start=1):
             if not line.strip():
                 continue
             try:
@@ -185,7 +186,10 @@ class InstructionDataModule(L.LightningDataModule):
             if text is not None:
                 kept += encoder.pieces(text, self.seq_len)
                 continue
-            example = encoder(messages_of(record))
+            try:
+                example = encoder(messages_of(record))
+            except ValueError as error:
+                raise ValueError(f"{json.dumps(record, ensure_ascii=False)[:100]} …: {error}") from error
             if len(example.ids_T) <= self.seq_len + 1:
                 kept.append(example)
             else:

@@ -201,6 +201,27 @@ def test_texts_are_cut_and_every_token_but_the_first_is_a_target_once(tmp_path: 
     assert data.describe()["train_targets"] + data.describe()["val_targets"] == sum(len(t) + 1 for t in texts)
 
 
+def test_characters_that_end_lines_elsewhere_end_none_here(tmp_path: Path) -> None:
+    answer = "one\u2028two\u0085three\x0cfour"
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"prompt": f"q{n}", "response": answer}, ensure_ascii=False) for n in range(3)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    found = read_conversations([str(path)])
+    assert [json.loads(one.content)["response"] for one in found] == [answer] * 3
+    pages = '"""A module."""\n\x0c\ndef f(x):\n    """Doc."""\n    return "\x0c"\n'
+    for newline in ("\n", "\r\n"):
+        (pair,) = docstring_pairs([Document("a.py", pages.replace("\n", newline).encode())])
+        assert pair == {"prompt": 'def f(x):\n    return "\x0c"', "response": "Doc."}
+
+
+def test_a_record_that_cannot_be_encoded_is_shown(tmp_path: Path) -> None:
+    records = [{"prompt": f"q{n}", "response": "r"} for n in range(9)]
+    records.append({"messages": [{"role": "user", "content": "nobody answers"}]})
+    file = write_lines(tmp_path / "a.jsonl", records)
+    with pytest.raises(ValueError, match=r"nobody answers.*the assistant says nothing"):
+        InstructionDataModule([file], batch_size=2, val_fraction=0.2).setup()
+
+
 def test_a_bad_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "a", "response": "b"}\n{"prompt": 3}\n')

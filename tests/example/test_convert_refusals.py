@@ -36,6 +36,8 @@ from tests.example.deepseek import MOONLIGHT, make
         ({"attention_bias": True}, "attention_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"moe_layer_freq": 2}, "moe_layer_freq"),
+        ({"rope_interleave": False}, "rope_interleave=False"),
+        ({"attention_dropout": 0.1}, r"attention_dropout=0\.1"),
         ({"num_key_value_heads": 4}, "num_key_value_heads=4"),
         ({"seq_aux": False}, "seq_aux"),
         ({"hidden_size": None}, "hidden_size=None"),
@@ -125,6 +127,26 @@ def test_a_folder_that_is_not_right_is_one_error_and_nothing_is_written(
     capsys.readouterr()  # transformers' progress bars
     assert convert.main(["from-hf", str(tmp_path / "hf"), str(target)]) == 1
     assert capsys.readouterr().err.startswith("convert.py: ")
+
+
+def test_a_layer_more_than_the_configuration_speaks_of_is_unexpected(tmp_path: Path) -> None:
+    make(tmp_path / "hf")
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    (tmp_path / "hf/config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    with pytest.raises(ValueError, match=r"unexpected: model\.layers\.2\."):
+        from_hf(tmp_path / "hf", tmp_path / "model.ckpt")
+
+
+def test_no_room_for_scratch_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path / "hf")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("unable to resize file: No space left on device")
+
+    monkeypatch.setattr(torch, "from_file", full)
+    with pytest.raises(OSError, match=r"has no room for [\d,]+ bytes of scratch"):
+        from_hf(tmp_path / "hf", tmp_path / "out/model.ckpt")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_an_old_checkpoint_survives_a_failing_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from examples.moe_lm import experts
-from examples.moe_lm.experts import can_group, expert_matmul
+from examples.moe_lm.experts import expert_matmul
 
 
 def row_by_row(x: Tensor, stack: Tensor, ends: list[int]) -> Tensor:
@@ -77,11 +77,3 @@ def test_autocast_decides_the_dtype_as_for_a_linear_layer(grouped_calls: list[to
         found = expert_matmul(x, stack, torch.tensor([2, 6], dtype=torch.int32))
         assert F.linear(x, stack[0]).dtype == found.dtype == torch.bfloat16
     assert grouped_calls == [torch.bfloat16]
-
-
-def test_a_build_without_grouped_products_loops(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, stack, ends = torch.randn(6, 32), torch.randn(2, 16, 32), torch.tensor([2, 6], dtype=torch.int32)
-    expected = expert_matmul(x, stack, ends)
-    monkeypatch.delattr(F, "grouped_mm")
-    assert not can_group(x, stack)
-    torch.testing.assert_close(expert_matmul(x, stack, ends), expected)

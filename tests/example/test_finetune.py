@@ -202,17 +202,29 @@ def test_the_rate_rises_and_falls_to_nothing() -> None:
 
 
 def test_tokens_that_the_checkpoint_does_not_know_are_refused(tmp_path: Path, conversations: Path) -> None:
-    model = MoELM(ModelConfig(vocab_size=200, **TINY))
-    save(model, tmp_path / "small.ckpt")
     data = InstructionDataModule([str(conversations)], seq_len=128, batch_size=8)
+    for size in (200, 1000):
+        save(MoELM(ModelConfig(vocab_size=size, **TINY)), tmp_path / "other.ckpt")
+        with pytest.raises(ValueError, match=rf"knows {size} tokens, and without a tokenizer a token is a byte"):
+            fine_tune(tmp_path / "other.ckpt", data, trainer_options=QUIET)
+    data.tokenizer = "a folder"  # whose 257 tokens are read already
+    save(MoELM(ModelConfig(vocab_size=200, **TINY)), tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match="knows 200 tokens, and the conversations have 257"):
-        fine_tune(tmp_path / "small.ckpt", data, trainer_options=QUIET)
+        fine_tune(tmp_path / "other.ckpt", data, trainer_options=QUIET)
+
+
+def test_another_checkpoint_is_refused(tmp_path: Path, conversations: Path) -> None:
+    save_file({"state_dict": {}, "other": 1}, tmp_path / "other.ckpt")
+    data = InstructionDataModule([str(conversations)], seq_len=128, batch_size=8)
+    with pytest.raises(ValueError, match="is no checkpoint of MoELM: it has state_dict, other"):
+        fine_tune(tmp_path / "other.ckpt", data, trainer_options=QUIET)
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_the_command(checkpoint: Path, conversations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [str(checkpoint), "--data", str(conversations), "--seq-len", "128", "--batch-size", "8"]
     command += ["--max-steps", "10", "--lr", "3e-3", "--strategy", "auto", "--accelerator", "cpu"]
+    command += ["--accumulate", "2", "--activation-checkpointing"]
     figures = finetune.main([*command, "--out", str(tmp_path / "runs"), "--json", str(tmp_path / "figures.json")])
     assert json.loads((tmp_path / "figures.json").read_text()) == figures
     saved = tmp_path / "runs/version_0/last.ckpt"

@@ -22,7 +22,7 @@ from tests.processes import run_processes
 
 transformers = pytest.importorskip("transformers")
 
-from examples.hugging_face.train import CausalLM, main  # noqa: E402
+from examples.hugging_face.train import CausalLM, load_model, main  # noqa: E402
 from tests.example.hugging_face_models import CONFIGS, tiny  # noqa: E402
 from tests.example.hugging_face_unfused import UNFUSED, unfuse  # noqa: E402
 from tests.lightning_runs import PoolEnvironment  # noqa: E402
@@ -288,10 +288,66 @@ def test_the_command_trains_on_two_processes_with_the_folders_tokenizer(tmp_path
     assert "muon 0 (0.0%)" in again
 
 
+def test_weights_of_a_folder_are_loaded_to_be_trained(tmp_path: Path) -> None:
+    write_model(tmp_path, "llama", 257)
+    saved = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
+    saved.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    assert all(module.training for module in loaded.modules())
+    for name, weight in saved.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), weight), name
+    fresh = load_model(tmp_path / "config.json")
+    assert fresh.training
+    assert not torch.equal(fresh.lm_head.weight, saved.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "arguments", "said"),
+    [
+        (lambda folder: (folder / "pytorch_model.bin").touch(), [], r"not as \*.safetensors: pytorch_model.bin"),
+        (lambda folder: (folder / "merges.txt").write_text("#version: 0.2"), [], "."),
+        (lambda folder: None, ["--seq-len", "4096"], "--seq-len 4096 is more than the model's"),
+        (lambda folder: (folder / "config.json").unlink(), [], "."),
+    ],
+    ids=["other weights", "part of a tokenizer", "too long", "no config"],
+)
+def test_what_cannot_be_trained_is_refused_before_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], prepare: Any, arguments: list[str], said: str
+) -> None:
+    write_model(tmp_path, "llama", 257)
+    prepare(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(["--model", str(tmp_path), *arguments])
+    assert stopped.value.code == 2
+    assert re.search(said, capsys.readouterr().err.split("error:")[1])
+
+
+def test_a_place_that_cannot_be_saved_to_is_found_before_training(tmp_path: Path) -> None:
+    write_model(tmp_path, "llama", 257)
+    (tmp_path / "taken").touch()
+    with pytest.raises(FileExistsError):
+        main(["--model", str(tmp_path), "--save", str(tmp_path / "taken")])
+    with pytest.raises(SystemExit):
+        main(["--model", str(tmp_path / "nowhere")])
+
+
+def test_adamw_for_everything_is_read_as_the_same_matrices() -> None:
+    modules = [CausalLM(tiny("gpt_neox"), optimizer=one) for one in ("muon", "adamw")]
+    layouts = []
+    for module in modules:
+        module.trainer = L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", max_steps=3)
+        optimizer = module.configure_optimizers()["optimizer"]
+        layouts.append({name: decision.layout for name, decision in optimizer.routes.items()})
+    assert {decision.algorithm for decision in optimizer.routes.values()} == {"adamw"}
+    fused = [name for name in layouts[0] if "query_key_value.weight" in name]
+    assert fused
+    assert all(layouts[0][name] == layouts[1][name] for name in fused)
+
+
 def test_a_model_with_too_few_tokens_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_model(tmp_path, "llama", 256)
     with pytest.raises(SystemExit):
-        main(["--model", str(tmp_path)])
+        main(["--model", str(tmp_path), "--seq-len", "16"])
     assert "set vocab_size to 257" in capsys.readouterr().err
 
 

@@ -15,6 +15,12 @@ transformers = pytest.importorskip("transformers")
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
 
 NEEDS_A_RULE = {"xlnet"}
+# A default configuration of these makes no model: what becomes of theirs is not known.
+NOT_BUILT = {
+    *("cohere_compass_text", "dbrx", "dots1", "gemma3n", "gemma3n_text", "gemma4_assistant"),
+    *("gemma4_unified_assistant", "hunyuan_v1_dense", "hunyuan_v1_moe", "lfm2_moe", "ministral", "musicgen"),
+    *("musicgen_melody", "nemotron", "qwen4_exp", "qwen4_exp_text", "reformer", "zamba"),
+}
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers", "decoder_layers")
 _KINDS = ("layer_types", "mlp_layer_types", "layers_block_type")
 
@@ -38,10 +44,11 @@ def with_defaults(kind: str, num_layers: int = 4) -> Any | None:
 
 
 def test_every_type_is_routed_without_a_rule() -> None:
-    routed, refused, unsure = [], set(), {}
+    routed, refused, absent, unsure = [], set(), set(), {}
     for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         model = with_defaults(kind)
         if model is None:
+            absent.add(kind)
             continue
         try:
             routes = lm.Muon(model).routes
@@ -52,4 +59,5 @@ def test_every_type_is_routed_without_a_rule() -> None:
         unsure |= {f"{kind} {name}": r.rule for name, r in routes.items() if "unknown" in r.rule}
     assert refused <= NEEDS_A_RULE
     assert not unsure
-    assert len(routed) >= 150, "few types could be built"
+    assert absent <= NOT_BUILT
+    assert len(routed) >= 170  # as docs/hugging-face.md says

@@ -125,3 +125,40 @@ def test_what_is_no_matrix_though_of_two_dimensions(name):
     setattr(module, name, nn.Parameter(torch.randn(4, 6)))
     decision = routes(nn.ModuleDict({"experts": module}))[f"experts.{name}"]
     assert (decision.algorithm, decision.rule, decision.layout) == ("adamw", "element by element", None)
+
+
+def test_wrappers_do_not_hide_the_class():
+    class Wrapper(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self._checkpoint_wrapped_module = inner
+
+    wrapped = neox()
+    wrapped.query_key_value = Wrapper(wrapped.query_key_value)
+    for model in (wrapped, Wrapper(wrapped)):
+        assert routes(model) == routes(neox())
+
+
+def test_stacks_that_do_not_fit_are_errors():
+    expert = type("DbrxExpertGLU", (nn.Module,), {})()
+    expert.w1 = nn.Parameter(torch.randn(10, 6))
+    with pytest.raises(ValueError, match=r"'w1' .*cut in none of the ways .*AttributeError"):
+        lm.Muon(expert)
+    expert.moe_num_experts = 4
+    with pytest.raises(ValueError, match="4 matrices in 10 rows"):
+        lm.Muon(expert)
+
+
+def test_a_subclass_of_conv1d_is_transposed_too():
+    base = type("Conv1D", (nn.Module,), {})
+    layer = type("FSDPConv1D", (base,), {})()
+    layer.weight = nn.Parameter(torch.randn(4, 12))
+    model = nn.ModuleDict({"c_attn": layer})
+    assert lm.Muon(model).routes["c_attn.weight"].layout.describe() == "3 x (4, 4)"
+    assert lm.Muon(model).routes["c_attn.weight"].layout.transposed
+
+
+def test_interleaved_by_itself_is_refused():
+    layer = nn.Linear(4, 12, bias=False)
+    with pytest.raises(ValueError, match="say their sizes"):
+        lm.Muon([{"params": list(layer.named_parameters()), "interleaved": 3}])

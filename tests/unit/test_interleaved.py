@@ -104,7 +104,10 @@ def test_heads_of_interleaved_blocks_are_matrices_of_their_own():
     ("options", "fault"),
     [
         ({"split_sizes": (4, 8), "interleaved": 3}, "interleaved=3 must divide each block"),
-        ({"split_sizes": (6, 6), "interleaved": 0}, "interleaved=0 must divide each block"),
+        ({"split_sizes": (6, 6), "interleaved": 0}, "interleaved=0 must be a positive"),
+        ({"split_sizes": (6, 6), "interleaved": 2.0}, "interleaved=2.0 must be a positive"),
+        ({"split_sizes": (6, 6), "interleaved": True}, "interleaved=True must be a positive"),
+        ({"interleaved": 3}, r"say their sizes, split_sizes"),
         ({"split_sizes": (6, 6), "interleaved": 3, "num_heads": (2, 1)}, "must hold whole heads"),
     ],
 )

@@ -73,13 +73,15 @@ def from_hf(folder: Path, checkpoint: Path, dtype: torch.dtype | None = None) ->
         ConversionError: The folder is incomplete, or not of a model that ``MoELM`` can be.
         OSError: It could not be written.
     """
-    config = from_hugging_face(read_json(folder / "config.json"))
+    described = read_json(folder / "config.json")
+    config = from_hugging_face(described)
+    num_further = int(described.get("num_nextn_predict_layers", described.get("num_mtp_layers")) or 0)
     model = empty_model(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     with ExitStack() as stack:
         weights = stack.enter_context(open_weights(folder))
         parts = {name: parts_of(name, shape, weights.shapes.keys()) for name, shape in shapes.items()}
-        further, tables = left_out(weights.shapes, config.num_hidden_layers)
+        further, tables = left_out(weights.shapes, config.num_hidden_layers, num_further)
         check_keys((part for own in parts.values() for part in own), weights.shapes, {*further, *tables})
         dtypes = {name: _dtype_of(name, dtype) or _common_dtype(weights, parts[name]) for name in shapes}
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -190,6 +192,8 @@ def _on_disk(shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> Tensor
     try:
         os.close(handle)
         return torch.from_file(name, shared=True, size=prod(shape), dtype=dtype).view(shape)
+    except RuntimeError as error:  # torch's word for what the system refuses
+        raise OSError(f"{folder} has no room for {prod(shape) * dtype.itemsize:,} bytes of scratch: {error}") from error
     finally:
         os.unlink(name)
 

@@ -60,8 +60,13 @@ def parts_of(name: str, shape: tuple[int, ...], keys: Collection[str] = ()) -> l
     return [Part(f"{experts}.{e}.{projection}.weight", (rows, columns), expert=e) for e in range(num)]
 
 
-def left_out(keys: Iterable[str], num_layers: int) -> tuple[list[str], list[str]]:
+def left_out(keys: Iterable[str], num_layers: int, num_further: int) -> tuple[list[str], list[str]]:
     """Keys that the model has no use for.
+
+    Args:
+        keys: Of the checkpoint.
+        num_layers: Of the model.
+        num_further: How many layers behind those the configuration speaks of; keys of more are unexpected.
 
     Returns:
         Those of the layers behind the last, which predict further tokens (DeepSeek-V3's ``model.layers.61``), and the
@@ -70,7 +75,7 @@ def left_out(keys: Iterable[str], num_layers: int) -> tuple[list[str], list[str]
     further, tables = [], []
     for key in keys:
         layer = _LAYER.match(key)
-        if layer and int(layer[1]) >= num_layers:
+        if layer and num_layers <= int(layer[1]) < num_layers + num_further:
             further.append(key)
         elif _ROTATION.search(key):
             tables.append(key)
