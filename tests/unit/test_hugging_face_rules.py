@@ -162,3 +162,34 @@ def test_interleaved_by_itself_is_refused():
     layer = nn.Linear(4, 12, bias=False)
     with pytest.raises(ValueError, match="say their sizes"):
         lm.Muon([{"params": list(layer.named_parameters()), "interleaved": 3}])
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        (attention("GPT2Attention", "c_attn", 24, is_cross_attention=True), "2 x (12, 8)"),
+        (attention("GPT2Attention", "c_attn", 24, is_cross_attention=False), "3 x (8, 8)"),
+        (
+            attention("GPTNeoXJapaneseAttention", "query_key_value", 24, num_attention_heads=4, head_size=2),
+            "3 x (8, 8) interleaved in 4 runs",
+        ),
+        (attention("ZambaMambaMixer", "in_proj", 12), "2 x (6, 8) interleaved in 6 runs"),
+        (attention("MambaMixer", "x_proj", 10, time_step_rank=4, ssm_state_size=3), "(4, 8), 2 x (3, 8)"),
+        (attention("MoshiGatingMLP", "fc1", 12), "2 x (6, 8)"),
+        (
+            attention("AXK2Attention", "q_gate_proj", 20, num_heads=2, qk_head_dim=6, v_head_dim=4),
+            "(12, 8), (8, 8) interleaved in 2 runs",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_how_known_classes_are_cut(module, said):
+    (found,) = routes(module).values()
+    assert found.layout.describe() == said
+
+
+def test_a_linear_layer_of_groups_is_a_stack():
+    layer = type("DeepseekV4GroupedLinear", (nn.Linear,), {})(5, 12, bias=False)
+    layer.n_groups = 3
+    (found,) = routes(nn.ModuleDict({"o_a_proj": layer})).values()
+    assert found.layout.describe() == "3 x (4, 5)"
