@@ -3,9 +3,10 @@
 ``python -m benchmarks.claims.attention_logits [--json benchmarks/results/attention_logits.json]
 [--picture docs/pictures/attention_logits.png]``
 
-Both optimizers at their tuned learning rates and with that of the matrices four times as high, in a model without
-QK-norm; at the high rate, Muon with `lightning_muon.QKClip` as well: with a τ that is low enough to bite in so small a
-model, and with the usual 100. What clipping costs is the paired difference of the losses, beside the spread over seeds.
+Both optimizers at the learning rates that were best at the usual initial scale, and with that of the matrices four
+times as high, in a model without QK-norm; at the high rate, Muon with `lightning_muon.QKClip` as well: with a τ that
+is low enough to bite in so small a model, and with the usual 100. What clipping costs is the paired difference of the
+losses, beside the spread over seeds. At another initial scale both the logits and the cost are others.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from typing import Any
 from benchmarks.claims.command import Results, diverged_text, main, tuning_as_json
 from benchmarks.claims.figure import ADAMW, MUON, OTHER, THIRD, frame, panels, with_seeds
 from benchmarks.claims.laboratory import Laboratory, losses_of, without_diverged
-from benchmarks.claims.markdown import number, p_value, table
+from benchmarks.claims.markdown import number, p_value, table, verdict
 from benchmarks.claims.paired import Spread, paired
 from benchmarks.claims.run import Outcome
-from benchmarks.claims.setting import SEEDS
+from benchmarks.claims.setting import SEEDS, interval
 
 NAME = "attention_logits"
 HIGH = 4
@@ -39,9 +40,9 @@ def clipped_arm(tau: float) -> str:
 
 def experiment(laboratory: Laboratory) -> Results:
     """The runs, and the largest logits at every step that was measured."""
-    setting, seeds, tuned = laboratory.setting, laboratory.seeds, laboratory.tune()
+    setting, seeds, tuned = laboratory.setting, laboratory.seeds, laboratory.tune_at_usual_scale()
     muon, adamw = tuned["muon"].best, tuned["adamw"].best
-    common: dict[str, Any] = {"watch_logits": True, "measure_every": max(1, setting.steps // 20)}
+    common: dict[str, Any] = {"watch_logits": True, "measure_every": interval(setting.steps, 20)}
     arms = {
         "AdamW": {s: setting.run("adamw", adamw, s, **common) for s in seeds},
         "Muon": {s: setting.run("muon", muon, s, **common) for s in seeds},
@@ -132,12 +133,11 @@ def findings(results: Results) -> list[str]:
     """What was seen of the claims, and what was not."""
     summary, said = results["summary"], diverged_text(results)
     for rates, one in summary["muon_minus_adamw"].items():
-        number_of_seeds = len(one["differences"])
-        above = sum(difference > 0 for difference in one["differences"].values())
-        seen = "Seen" if above == number_of_seeds else "Not seen"
+        number_of_seeds, above = len(one["differences"]), one["seeds_above"]
         said.append(
-            f"- {seen}, at {rates}: attention's largest logit grows more under Muon than under AdamW. It does in"
-            f" {above} of {number_of_seeds} seeds; the mean difference is {number(one['mean'], 1, sign=True)}."
+            f"- {verdict(above == number_of_seeds)}, at {rates}: attention's largest logit grows more under Muon"
+            f" than under AdamW. It does in {above} of {number_of_seeds} seeds; the mean difference is"
+            f" {number(one['mean'], 1, sign=True)}."
         )
     noise = summary["seed_sd_of_the_loss"]
     for tau, one in summary["cost_of_clipping"].items():
@@ -145,11 +145,12 @@ def findings(results: Results) -> list[str]:
         if not bites:
             said.append(f"- τ = {tau} never clipped anything.")
         elif noise is not None:
-            seen = "Seen" if one["mean"] < noise else "Not seen"
+            above = None if one["p_below"] is None else 1 - one["p_below"]
             said.append(
-                f"- {seen}: clipping with τ = {tau} costs less than the noise of the seeds. It changes the loss by"
-                f" {number(one['mean'], 4, sign=True)} in the mean, where the seeds' standard deviation is"
-                f" {number(noise, 4)}."
+                f"- {verdict(one['mean'] < noise)}: clipping with τ = {tau} costs less than the noise of the"
+                f" seeds. It changes the loss by {number(one['mean'], 4, sign=True)} in the mean, where the seeds'"
+                " standard deviation is"
+                f" {number(noise, 4)}; by the paired differences, p = {p_value(above)} for a cost above zero."
             )
     return said
 

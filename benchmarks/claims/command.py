@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.claims.laboratory import Laboratory
+from benchmarks.claims.markdown import listed
 from benchmarks.claims.pool import default_slots
 from benchmarks.claims.run import Outcome
-from benchmarks.claims.setting import GRIDS, MODEL, SEEDS, STEPS, Setting
+from benchmarks.claims.setting import GRIDS, MODEL, SEEDS, STEPS, TUNING_SEED, Setting
 from benchmarks.claims.tuning import Tuned
 from examples.moe_lm.demo import environment
 from lightning_muon.checkpoint.atomic import replacing
@@ -22,9 +23,9 @@ Results = dict[str, Any]
 
 
 def diverged_text(results: Results) -> list[str]:
-    """What is said of arms that `without_diverged` has left out."""
+    """What is said of arms that `without_diverged` has left out; no claim that needs one of them is called seen."""
     return [
-        f"- {arm}: training diverged for {len(seeds)} of {len(results['seeds'])} seeds; left out."
+        f"- {arm}: training diverged with seed {listed([str(seed) for seed in seeds])}; left out."
         for arm, seeds in results["diverged"].items()
     ]
 
@@ -116,7 +117,12 @@ def _parse(
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--picture", type=Path, default=None)
     add_options(parser)
-    return parser.parse_args(args)
+    options = parser.parse_args(args)
+    if TUNING_SEED in options.seeds:
+        parser.error(f"--seeds: {TUNING_SEED} is the seed that rates are tuned on, and cannot be reported; name others")
+    if len(set(options.seeds)) < len(options.seeds):
+        parser.error(f"--seeds: {options.seeds} names a seed twice; a seed counts once")
+    return options
 
 
 def _of_all(outcomes: Sequence[Outcome]) -> Results:

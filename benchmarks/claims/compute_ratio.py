@@ -23,35 +23,39 @@ def published_ratio(c: float) -> float:
     return equal_loss_ratio(c, (2.506, 0.052), (2.608, 0.054))
 
 
-def compute_ratios(sizes: Mapping[int, float], muon: Losses, adamw: Losses) -> dict[int, dict[str, float]]:
+def compute_ratios(
+    muon_sizes: Mapping[int, float], adamw_sizes: Mapping[int, float], muon: Losses, adamw: Losses
+) -> dict[int, dict[str, float]]:
     """The ratio at AdamW's compute of every size, with an interval of 95 %.
 
     The interval is a percentile bootstrap over the seeds: both optimizers' losses of a seed go together, as they share
-    weights and text; each size draws its own. It holds the scatter of seeds, not what a law leaves out.
+    weights, but for their scale, and text; each size draws its own. It holds the scatter of seeds, not what a law
+    leaves out; with as few seeds as five it is too narrow.
 
     Args:
-        sizes: Compute by size.
-        muon: Losses by size and seed.
+        muon_sizes: Muon's compute by size.
+        adamw_sizes: AdamW's.
+        muon: Losses by size and seed; sizes without losses are left out.
         adamw: The same sizes and seeds.
 
     Returns:
         ``ratio``, ``low`` and ``high`` by size.
     """
-    widths, seeds = sorted(sizes), sorted(next(iter(muon.values())))
-    x = np.log([sizes[width] for width in widths])
+    widths, seeds = sorted(muon), sorted(next(iter(muon.values())))
+    x_muon, x_adamw = (np.log([sizes[width] for width in widths]) for sizes in (muon_sizes, adamw_sizes))
     y_muon, y_adamw = (np.log([[losses[w][s] for s in seeds] for w in widths]) for losses in (muon, adamw))
     generator = np.random.default_rng(0)
     shape, row = (_RESAMPLES, len(widths), len(seeds)), np.arange(len(widths))[:, None]
     laws = [
-        (_law(x, y_muon[row, chosen].mean(1)), _law(x, y_adamw[row, chosen].mean(1)))
+        (_law(x_muon, y_muon[row, chosen].mean(1)), _law(x_adamw, y_adamw[row, chosen].mean(1)))
         for chosen in generator.integers(len(seeds), size=shape)
     ]
-    whole = _law(x, y_muon.mean(1)), _law(x, y_adamw.mean(1))
+    whole = _law(x_muon, y_muon.mean(1)), _law(x_adamw, y_adamw.mean(1))
     found = {}
     for width in widths:
-        resampled = [equal_loss_ratio(sizes[width], *pair) for pair in laws]
+        resampled = [equal_loss_ratio(adamw_sizes[width], *pair) for pair in laws]
         low, high = np.quantile(resampled, [0.025, 0.975])
-        found[width] = {"ratio": equal_loss_ratio(sizes[width], *whole), "low": float(low), "high": float(high)}
+        found[width] = {"ratio": equal_loss_ratio(adamw_sizes[width], *whole), "low": float(low), "high": float(high)}
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Crossing:
     """Attributes:
-    share: Of the steps; ``None`` if the loss was never reached.
-    is_bound: The smallest share that was tried has reached it already: the crossing is there or below.
+    share: Of the steps; ``None`` if the loss was not reached at the largest share that was tried.
+    is_bound: All shares that were tried have reached it: the crossing is at the smallest or below.
     """
 
     share: float | None
@@ -19,10 +19,11 @@ class Crossing:
 
 
 def crossing(losses: Mapping[float, float], target: float) -> Crossing:
-    """Where the losses first come down to ``target``, by a straight line between the shares that were tried.
+    """From where on the losses stay at ``target`` or below, by a straight line between the shares that were tried.
 
     Args:
-        losses: The loss at the end of a schedule of so large a share of the steps, each a run of its own.
+        losses: The loss at the end of a schedule of so large a share of the steps, each a run of its own; infinite
+            where training diverged, from where no line leads: the crossing is then at the next share.
         target: The loss to reach.
 
     Raises:
@@ -31,21 +32,31 @@ def crossing(losses: Mapping[float, float], target: float) -> Crossing:
     if not losses:
         raise ValueError("crossing: no share of the steps was tried")
     shares = sorted(losses)
-    if losses[shares[0]] <= target:
+    above = [number for number, share in enumerate(shares) if losses[share] > target]
+    if not above:
         return Crossing(shares[0], is_bound=True)
-    for low, high in itertools.pairwise(shares):
-        if losses[high] <= target:
-            along = (losses[low] - target) / (losses[low] - losses[high])
-            return Crossing(low + along * (high - low))
-    return Crossing(None)
+    if above[-1] == len(shares) - 1:
+        return Crossing(None)
+    low, high = shares[above[-1]], shares[above[-1] + 1]
+    if math.isinf(losses[low]):
+        return Crossing(high)
+    along = (losses[low] - target) / (losses[low] - losses[high])
+    return Crossing(low + along * (high - low))
 
 
 def smallest_sure(losses: Mapping[float, Mapping[int, float]], target: Mapping[int, float]) -> float | None:
-    """The smallest share of the steps at which every seed is below the target of the same seed.
+    """The smallest share of the steps from which on every seed is below the target of the same seed.
 
     Args:
         losses: By share and seed.
         target: By seed.
+
+    Returns:
+        The share, at which and at all larger ones every seed is below; ``None`` if that is not so at the largest.
     """
-    sure = [share for share, by_seed in losses.items() if all(loss < target[seed] for seed, loss in by_seed.items())]
-    return min(sure, default=None)
+    sure = None
+    for share in sorted(losses, reverse=True):
+        if not all(loss < target[seed] for seed, loss in losses[share].items()):
+            break
+        sure = share
+    return sure

@@ -3,23 +3,23 @@
 ``python -m benchmarks.claims.fine_tuning [--json benchmarks/results/fine_tuning.json]
 [--picture docs/pictures/fine_tuning.png]``
 
-Checkpoints of Muon and of AdamW, each trained at its tuned learning rates on windows that are long enough for whole
-functions, are fine-tuned with either optimizer: a function of the standard library is asked for, its docstring is the
-answer, and only the answer counts. Each of the four pairs has its own learning rate, one for everything as Moonlight
-has it, tuned by the same search on a seed that is not reported.
+Checkpoints of Muon and of AdamW, trained on windows that are long enough for whole functions, are fine-tuned with
+either optimizer: a function of the standard library is asked for, its docstring is the answer, and only the answer
+counts. They are trained at the learning rates that were tuned, at the usual initial scale, on the shorter windows of
+the other experiments and for half as many steps. Each of the four pairs has its own two learning rates, tuned by the
+same search on a seed that is not reported.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks.claims.command import Results, main, tuning_as_json
+from benchmarks.claims.command import Results, diverged_text, main, tuning_as_json
 from benchmarks.claims.description import Run
 from benchmarks.claims.figure import ADAMW, MUON, frame, panels
-from benchmarks.claims.laboratory import Laboratory, losses_of
-from benchmarks.claims.markdown import number, p_value, table
+from benchmarks.claims.laboratory import Laboratory, losses_of, without_diverged
+from benchmarks.claims.markdown import number, p_value, table, verdict
 from benchmarks.claims.paired import Spread, paired
 from benchmarks.claims.run import Outcome
 from benchmarks.claims.setting import MODEL, TUNING_SEED
@@ -28,27 +28,41 @@ from benchmarks.claims.tuning import Grid, Rates, Tuned, tune
 NAME = "fine_tuning"
 OPTIMIZERS = ("muon", "adamw")
 SEQ_LEN = 256
-LRS = (5e-4, 1e-3, 2e-3, 4e-3)
+PAIRS = tuple(f"{trained}/{optimizer}" for trained in OPTIMIZERS for optimizer in OPTIMIZERS)
+GRIDS = {
+    "full": Grid((1e-3, 2e-3, 4e-3), (1e-3, 2e-3, 4e-3)),
+    "tiny": Grid((1e-3, 2e-3), (2e-3,)),
+}
+BEST = "muon/muon"  # by the claim
 _LABELS = {"muon": "Muon", "adamw": "AdamW"}
 
 
 def experiment(laboratory: Laboratory) -> Results:
     """Trains the checkpoints, tunes the four pairs, and does the runs that are reported."""
-    rates = laboratory.tune()
+    rates = laboratory.tune_at_usual_scale()
     seeds = [TUNING_SEED, *laboratory.seeds]
-    checkpoints = laboratory.do_arms(
-        {name: {seed: _pretraining(laboratory, name, rates[name].best, seed) for seed in seeds} for name in OPTIMIZERS}
+    checkpoints, diverged = without_diverged(
+        laboratory.do_arms(
+            {
+                name: {seed: _pretraining(laboratory, name, rates[name].best, seed) for seed in seeds}
+                for name in OPTIMIZERS
+            }
+        )
     )
     tuned = _tune(laboratory, checkpoints)
     arms = {
         pair: {seed: _fine_tuning(laboratory, pair, found.best, checkpoints, seed) for seed in laboratory.seeds}
         for pair, found in tuned.items()
     }
-    done = laboratory.do_arms(arms)
+    done, diverged_pairs = without_diverged(laboratory.do_arms(arms))
     losses = losses_of(done)
     return {
         "tuning": tuning_as_json(rates),
         "fine_tuning_rates": tuning_as_json(tuned),
+        "diverged": {
+            **{f"checkpoint of {_LABELS[name]}": found for name, found in diverged.items()},
+            **{_pair_text(pair): found for pair, found in diverged_pairs.items()},
+        },
         "pretrained": {
             name: {seed: outcome.val_loss for seed, outcome in by_seed.items() if seed != TUNING_SEED}
             for name, by_seed in checkpoints.items()
@@ -58,7 +72,12 @@ def experiment(laboratory: Laboratory) -> Results:
         "text_loss": {pair: _figure(by_seed, "text_loss") for pair, by_seed in done.items()},
         "text_loss_before": {pair: _figure(by_seed, "text_loss_before") for pair, by_seed in done.items()},
         "muon_against_adamw": {
-            trained: paired(losses[f"{trained}/muon"], losses[f"{trained}/adamw"]).asdict() for trained in OPTIMIZERS
+            trained: paired(losses[f"{trained}/muon"], losses[f"{trained}/adamw"]).asdict()
+            for trained in OPTIMIZERS
+            if {f"{trained}/muon", f"{trained}/adamw"} <= losses.keys()
+        },
+        "best_against": {
+            pair: paired(losses[BEST], losses[pair]).asdict() for pair in losses if BEST in losses and pair != BEST
         },
     }
 
@@ -93,8 +112,7 @@ def _fine_tuning(
 
 
 def _tune(laboratory: Laboratory, checkpoints: Mapping[str, Mapping[int, Outcome]]) -> dict[str, Tuned]:
-    lrs = LRS if laboratory.max_growths is None else LRS[:1]
-    grids = {f"{trained}/{optimizer}": Grid(lrs, (None,)) for trained in OPTIMIZERS for optimizer in OPTIMIZERS}
+    grids = {pair: GRIDS[laboratory.options.grid] for pair in PAIRS if pair.split("/")[0] in checkpoints}
 
     def losses_at(points: Sequence[tuple[str, Rates]]) -> list[float]:
         runs = [_fine_tuning(laboratory, pair, rates, checkpoints, TUNING_SEED) for pair, rates in points]
@@ -112,12 +130,13 @@ def tables(results: Results) -> str:
             name: Spread.of(list(results[name][pair].values())).text()
             for name in ("val_loss_before", "text_loss_before", "text_loss")
         }
-        rate = f"{results['fine_tuning_rates'][pair]['lr']:g}"
+        tuned = results["fine_tuning_rates"][pair]
+        rate = f"{tuned['lr']:g}, {tuned['adamw_lr']:g}"
         rows.append(
             [trained, optimizer, rate, spread["val_loss_before"], Spread.of(list(losses.values())).text(),
              spread["text_loss_before"], spread["text_loss"]]
         )  # fmt: skip
-    header = ["trained with", "fine-tuned with", "rate", "answers before", "answers", "text before", "text"]
+    header = ["trained with", "fine-tuned with", "rates", "answers before", "answers", "text before", "text"]
     compared = [
         [_LABELS[trained], number(one["mean"], sign=True), f"{one['seeds_below']} of {len(one['differences'])}",
          p_value(one["p_below"])]
@@ -129,24 +148,29 @@ def tables(results: Results) -> str:
 
 def findings(results: Results) -> list[str]:
     """What was seen of the claims, and what was not, a sentence each."""
-    seeds = len(results["seeds"])
-    losses = {pair: list(by_seed.values()) for pair, by_seed in results["val_loss"].items()}
-    best = min(losses, key=lambda pair: sum(losses[pair]))
-    on_muon, on_adamw = (results["muon_against_adamw"][name] for name in OPTIMIZERS)
-    said = [
-        f"- {'Seen' if best == 'muon/muon' else 'Not seen'}: Muon on Muon's checkpoint is the best of the four pairs."
-        f" The best mean is that of {_pair_text(best)}.",
-        f"- {_seen(on_muon['mean'] < 0 and on_muon['seeds_below'] == seeds)}: Muon is better than AdamW on Muon's"
-        f" checkpoint, in every seed ({on_muon['seeds_below']} of {seeds}, mean {number(on_muon['mean'], sign=True)}).",
-        f"- {_seen(on_adamw['seeds_below'] == 0)}: on AdamW's checkpoint Muon is no better than AdamW, in any seed"
-        f" (below in {on_adamw['seeds_below']} of {seeds}, mean {number(on_adamw['mean'], sign=True)}).",
-    ]
+    seeds, said = len(results["seeds"]), diverged_text(results)
+    against, compared = results["best_against"], results["muon_against_adamw"]
+    means = {pair: sum(by_seed.values()) / seeds for pair, by_seed in results["val_loss"].items()}
+    if means:
+        is_best = len(against) == len(PAIRS) - 1 and all(one["seeds_below"] == seeds for one in against.values())
+        each = "; ".join(f"{_pair_text(pair)} in {one['seeds_below']}" for pair, one in against.items())
+        said.append(
+            f"- {verdict(is_best)}: Muon on Muon's checkpoint is better than each other pair, in every seed. The best"
+            f" mean is that of {_pair_text(min(means, key=lambda pair: means[pair]))}."
+            + (f" Of {seeds} seeds it is below {each}." if each else "")
+        )
+    if (on_muon := compared.get("muon")) is not None:
+        said.append(
+            f"- {verdict(on_muon['seeds_below'] == seeds)}: Muon is better than AdamW on Muon's checkpoint, in every"
+            f" seed ({on_muon['seeds_below']} of {seeds}, mean {number(on_muon['mean'], sign=True)})."
+        )
+    if (on_adamw := compared.get("adamw")) is not None:
+        said.append(
+            f"- {verdict(on_adamw['seeds_above'] == seeds)}: on AdamW's checkpoint Muon is worse than AdamW, in every"
+            f" seed (above in {on_adamw['seeds_above']} of {seeds}, mean {number(on_adamw['mean'], sign=True)})."
+        )
     edges = [_pair_text(pair) for pair, one in results["fine_tuning_rates"].items() if one["is_on_edge"]]
     return [*said, f"- The search ended on the edge for {'; '.join(edges)}."] if edges else said
-
-
-def _seen(is_seen: bool) -> str:
-    return "Seen" if is_seen else "Not seen"
 
 
 def _pair_text(pair: str) -> str:
@@ -160,13 +184,16 @@ def draw(results: Results, path: Path) -> None:
         for panel, (key, label) in zip(axes, _PANELS, strict=True):
             for x, trained in enumerate(OPTIMIZERS):
                 for shift, (optimizer, colour) in zip((-0.12, 0.12), (("muon", MUON), ("adamw", ADAMW)), strict=True):
-                    values: list[Any] = list(results[key][f"{trained}/{optimizer}"].values())
+                    values: list[float] = list(results[key].get(f"{trained}/{optimizer}", {}).values())
+                    if not values:
+                        continue
                     panel.plot([x + shift] * len(values), values, ".", color=colour, alpha=0.5)
-                    name = f"fine-tuned with {_LABELS[optimizer]}" if x == 0 else None
-                    panel.plot([x + shift], [sum(values) / len(values)], "o", color=colour, label=name)
+                    panel.plot([x + shift], [sum(values) / len(values)], "o", color=colour)
             frame(panel, "checkpoint of", label)
             panel.set_xticks(range(len(OPTIMIZERS)), [_LABELS[name] for name in OPTIMIZERS])
             panel.set_xlim(-0.5, len(OPTIMIZERS) - 0.5)
+        for optimizer, colour in (("muon", MUON), ("adamw", ADAMW)):
+            axes[0].plot([], [], "o", color=colour, label=f"fine-tuned with {_LABELS[optimizer]}")
         axes[0].legend(frameon=False)
 
 

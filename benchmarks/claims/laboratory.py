@@ -11,7 +11,7 @@ from benchmarks.claims.description import Run
 from benchmarks.claims.pool import run_all
 from benchmarks.claims.run import Outcome
 from benchmarks.claims.setting import TUNING_SEED, Setting
-from benchmarks.claims.tuning import Grid, Rates, Tuned, tune
+from benchmarks.claims.tuning import USUAL_INIT, Grid, Rates, Tuned, tune
 
 Arms = dict[str, dict[int, Outcome]]
 """Outcomes by arm of an experiment and seed."""
@@ -87,6 +87,14 @@ class Laboratory:
             return [outcome.val_loss for outcome in self.do(runs)]
 
         return tune(grids, tried, self.max_growths)
+
+    def tune_at_usual_scale(self) -> dict[str, Tuned]:
+        """Of the usual searches the best learning rates at the usual initial scale, for both optimizers.
+
+        For what compares weights, logits or one optimizer's variants: with scales of their own, the arms would not
+        begin with the same weights, and what differs at the end could be the scale.
+        """
+        return {name: one.at(USUAL_INIT) for name, one in self.tune().items()}
 
 
 def without_diverged(arms: Arms) -> tuple[Arms, dict[str, list[int]]]:

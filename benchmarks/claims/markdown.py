@@ -25,6 +25,11 @@ def p_value(p: float | None) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
+def verdict(is_seen: bool) -> str:
+    """How a finding on a claim begins."""
+    return "Seen" if is_seen else "Not seen"
+
+
 def listed(items: Sequence[str]) -> str:
     """``a, b and c``."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"

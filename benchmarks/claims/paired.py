@@ -43,6 +43,7 @@ class Paired:
         t: ``mean/standard_error``.
         p_below: P(T ≤ t) for n - 1 degrees of freedom: the one-sided test's p of "a is below b".
         seeds_below: How many differences are below zero.
+        seeds_above: How many are above.
     """
 
     differences: dict[int, float]
@@ -52,11 +53,7 @@ class Paired:
     t: float | None
     p_below: float | None
     seeds_below: int
-
-    @property
-    def is_below_in_all(self) -> bool:
-        """Whether a is below b for every seed."""
-        return self.seeds_below == len(self.differences)
+    seeds_above: int
 
     def asdict(self) -> dict[str, Any]:
         """For JSON."""
@@ -79,14 +76,14 @@ def paired(a: Mapping[int, float], b: Mapping[int, float]) -> Paired:
     if not all(map(math.isfinite, differences.values())):
         raise ValueError(f"paired: a difference is not finite: {differences}; a diverged run cannot be paired")
     mean, number = statistics.fmean(differences.values()), len(differences)
-    below = sum(difference < 0 for difference in differences.values())
+    below, above = (sum(sign * one < 0 for one in differences.values()) for sign in (1, -1))
     if number == 1:
-        return Paired(differences, mean, None, None, None, None, below)
+        return Paired(differences, mean, None, None, None, None, below, above)
     sd = statistics.stdev(differences.values())
     error = sd / math.sqrt(number)
     if error == 0:  # all equal: nothing to divide by
-        return Paired(differences, mean, sd, error, None, None, below)
-    return Paired(differences, mean, sd, error, mean / error, p_below(mean / error, number - 1), below)
+        return Paired(differences, mean, sd, error, None, None, below, above)
+    return Paired(differences, mean, sd, error, mean / error, p_below(mean / error, number - 1), below, above)
 
 
 def p_below(t: float, degrees: int) -> float:

@@ -5,8 +5,9 @@
 
 Models of one kind that grow with their width, tokens in proportion to the active parameters. Both optimizers are tuned
 at the sizes up to ``--tune-up-to`` by the search of `steps_to_loss`, on a seed that is not reported; a larger size
-takes the rates where the trend of the tuned ones leads, log-linear in the width. Compute counts forward and backward,
-not the optimizer's step. To each optimizer's runs a power law ``L = c · C^-α`` is fitted, as Moonlight does.
+takes the rates where the trend of the tuned ones leads, log-linear in the width. To each optimizer's runs a power law
+``L = c · C^-α`` is fitted, as Moonlight does. Compute is counted twice: forward and backward alone, as the paper does,
+and with the orthogonalisation of Muon's step, which for so few tokens per step is no small part of it.
 """
 
 from __future__ import annotations
@@ -16,64 +17,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.claims.command import Results, main, tuning_as_json
+from benchmarks.claims.command import Results, diverged_text, main, tuning_as_json
 from benchmarks.claims.compute_ratio import compute_ratios, published_ratio
 from benchmarks.claims.description import Run
-from benchmarks.claims.figure import ADAMW, MUON, frame, panels
-from benchmarks.claims.laboratory import Laboratory
-from benchmarks.claims.markdown import number, table
+from benchmarks.claims.figure import ADAMW, MUON, OTHER, THIRD, frame, panels
+from benchmarks.claims.laboratory import Laboratory, losses_of, without_diverged
+from benchmarks.claims.markdown import number, table, verdict
 from benchmarks.claims.paired import Spread
 from benchmarks.claims.setting import TUNING_SEED
+from benchmarks.claims.sizes import PFLOP_S_DAY, active_parameters, compute, geometry, num_steps, optimizer_compute
 from benchmarks.claims.trend import rates_at
 from benchmarks.claims.tuning import Rates, Tuned, tune
-from examples.moe_lm.config import ModelConfig
-from examples.moe_lm.flops import flops_per_token
 from lightning_muon.scaling.law import PowerLaw, fit_power_law
 
 NAME = "scaling_law"
 WIDTHS = (32, 48, 64, 80, 96)
 TUNE_UP_TO = 64
-WIDTH_OF_STEPS = 64  # the size that trains for the setting's number of steps
 OPTIMIZERS = ("muon", "adamw")
 LABELS = {"muon": "Muon", "adamw": "AdamW"}
-PFLOP_S_DAY = 1e15 * 24 * 3600
 
 Losses = Mapping[int, Mapping[int, float]]  # by width and seed
-
-
-def geometry(width: int) -> dict[str, Any]:
-    """Fields of `ModelConfig`: heads of one size in proportion to the width, everything else in proportion to it."""
-    return {
-        "hidden_size": width,
-        "num_hidden_layers": 3,
-        "first_k_dense_replace": 1,
-        "num_attention_heads": width // 16,
-        "attention": "gqa",
-        "num_key_value_heads": width // 16,
-        "head_dim": 16,
-        "intermediate_size": 4 * width,
-        "moe_intermediate_size": width,
-        "n_routed_experts": 8,
-        "num_experts_per_tok": 2,
-        "n_shared_experts": 1,
-        "max_seq_len": 64,
-    }
-
-
-def active_parameters(width: int) -> int:
-    """Without embedding and head."""
-    return ModelConfig(**geometry(width)).num_parameters(embeddings=False).active
-
-
-def num_steps(width: int, steps: int) -> int:
-    """As many as make tokens proportional to the active parameters, ``steps`` at `WIDTH_OF_STEPS`."""
-    return max(2, round(steps * active_parameters(width) / active_parameters(WIDTH_OF_STEPS)))
-
-
-def compute(run: Run) -> float:
-    """Of a run, in PFLOP/s-days."""
-    config = ModelConfig(**run.model)
-    return run.steps * run.batch_size * run.seq_len * flops_per_token(config, run.seq_len) / PFLOP_S_DAY
 
 
 def experiment(laboratory: Laboratory) -> Results:
@@ -90,16 +53,18 @@ def experiment(laboratory: Laboratory) -> Results:
         f"{optimizer}-{width}": {seed: _run_of(laboratory, optimizer, width, rate, seed) for seed in laboratory.seeds}
         for (optimizer, width), rate in rates.items()
     }
-    done = laboratory.do_arms(arms)
+    outcomes, diverged = without_diverged(laboratory.do_arms(arms))
+    found = losses_of(outcomes)
     losses = {
-        optimizer: {
-            width: {seed: outcome.val_loss for seed, outcome in done[f"{optimizer}-{width}"].items()}
-            for width in widths
-        }
+        optimizer: {width: found[f"{optimizer}-{width}"] for width in widths if f"{optimizer}-{width}" in found}
         for optimizer in OPTIMIZERS
     }
     first = laboratory.seeds[0]
-    sizes = {width: compute(arms[f"muon-{width}"][first]) for width in widths}
+    runs = {width: arms[f"muon-{width}"][first] for width in widths}
+    sizes = {width: compute(run) for width, run in runs.items()}
+    of_optimizer = {width: optimizer_compute(run) for width, run in runs.items()}
+    both = [width for width in widths if all(width in losses[optimizer] for optimizer in OPTIMIZERS)]
+    muon, adamw = ({width: losses[optimizer][width] for width in both} for optimizer in OPTIMIZERS)
     return {
         "tuning": tuning_as_json(
             {f"{LABELS[name]} at width {w}": one for w, found in tuned.items() for name, one in found.items()}
@@ -110,13 +75,16 @@ def experiment(laboratory: Laboratory) -> Results:
                 "active_parameters": active_parameters(width),
                 "steps": num_steps(width, laboratory.setting.steps),
                 "pflop_s_days": sizes[width],
+                "pflop_s_days_of_muon": of_optimizer[width],
                 "rates": {optimizer: list(rates[optimizer, width]) for optimizer in OPTIMIZERS},
                 "is_tuned": width in tuned,
             }
             for width in widths
         ],
+        "diverged": diverged,
         "val_loss": losses,
-        **summarize(sizes, losses["muon"], losses["adamw"]),
+        "published": {str(c): published_ratio(c) for c in (1.0, 3.0, 10.0, 18.0)},
+        **(summarize(sizes, of_optimizer, muon, adamw) if len(both) > 1 else {}),
     }
 
 
@@ -133,21 +101,30 @@ def _run_of(laboratory: Laboratory, optimizer: str, width: int, rates: Rates, se
     return setting.run(optimizer, rates, seed, num_steps(width, setting.steps), model=geometry(width))
 
 
-def summarize(sizes: Mapping[int, float], muon: Losses, adamw: Losses) -> Results:
-    """The two laws, and Muon's compute over AdamW's at equal loss.
+def summarize(sizes: Mapping[int, float], of_optimizer: Mapping[int, float], muon: Losses, adamw: Losses) -> Results:
+    """The two laws, and Muon's compute over AdamW's at equal loss, without and with that of Muon's step.
 
     Args:
-        sizes: Compute by width, in PFLOP/s-days.
-        muon: Losses by width and seed.
+        sizes: The model's compute by width, in PFLOP/s-days.
+        of_optimizer: That of Muon's step, beside it.
+        muon: Losses by width and seed, of two widths or more.
         adamw: The same.
     """
-    found: Results = {"laws": {name: _law(fit(sizes, losses)) for name, losses in (("muon", muon), ("adamw", adamw))}}
-    found["compute_ratio"] = [
-        {"width": width, "pflop_s_days": sizes[width], **ratio}
-        for width, ratio in compute_ratios(sizes, muon, adamw).items()
-    ]
-    found["published"] = {str(c): published_ratio(c) for c in (1.0, 3.0, 10.0, 18.0)}
-    return found
+    with_optimizer = {width: sizes[width] + of_optimizer[width] for width in sizes}
+    laws = {
+        "muon": fit(sizes, muon),
+        "muon_with_optimizer": fit(with_optimizer, muon),
+        "adamw": fit(sizes, adamw),
+    }
+    return {
+        "laws": {name: _law(law) for name, law in laws.items()},
+        "compute_ratio": _ratios(sizes, compute_ratios(sizes, sizes, muon, adamw)),
+        "compute_ratio_with_optimizer": _ratios(sizes, compute_ratios(with_optimizer, sizes, muon, adamw)),
+    }
+
+
+def _ratios(sizes: Mapping[int, float], ratios: Mapping[int, Mapping[str, float]]) -> list[Results]:
+    return [{"width": width, "pflop_s_days": sizes[width], **ratio} for width, ratio in ratios.items()]
 
 
 def fit(sizes: Mapping[int, float], losses: Losses) -> PowerLaw:
@@ -173,29 +150,43 @@ def tables(results: Results) -> str:
     rows = []
     for size in results["sizes"]:
         width = str(size["width"])
-        muon, adamw = (list(results["val_loss"][name][width].values()) for name in OPTIMIZERS)
-        rates = ["; ".join([f"{size['rates'][o][0]:.2g}, {size['rates'][o][1]:.2g}"]) for o in OPTIMIZERS]
+        losses = [_losses_text(results["val_loss"][name].get(width)) for name in OPTIMIZERS]
+        rates = [f"{size['rates'][o][0]:.2g}, {size['rates'][o][1]:.2g}" for o in OPTIMIZERS]
         rows.append(
             [width, f"{size['active_parameters']:,}", str(size["steps"]), f"{size['pflop_s_days'] * PFLOP_S_DAY:.2g}",
-             "yes" if size["is_tuned"] else "by trend", *rates, Spread.of(muon).text(), Spread.of(adamw).text()]
+             f"{size['pflop_s_days_of_muon'] / size['pflop_s_days']:.2f}", "yes" if size["is_tuned"] else "by trend",
+             *rates, *losses]
         )  # fmt: skip
-    header = ["width", "active parameters", "steps", "FLOP", "tuned", "rates, Muon", "rates, AdamW", "Muon", "AdamW"]
-    laws = [
-        [name, _interval(law["coefficient"], 3), _interval(law["exponent"], 4), f"{law['r_squared']:.3f}"]
-        for name, law in ((LABELS[name], results["laws"][name]) for name in OPTIMIZERS)
-    ]
-    ratios = [
-        [str(one["width"]), number(one["ratio"], 2), f"{number(one['low'], 2)} – {number(one['high'], 2)}"]
-        for one in results["compute_ratio"]
-    ]
-    return "\n\n".join(
-        [
-            table(header, rows),
-            table(["L = c · C^-α, C in PFLOP/s-days", "c (95 %)", "α (95 %)", "R²"], laws),
-            table(["at AdamW's loss of width", "Muon's compute / AdamW's", "95 % over the seeds"], ratios),
-            "\n".join(findings(results)),
+    header = ["width", "active parameters", "steps", "FLOP", "Muon's step beside it", "tuned", "rates, Muon",
+              "rates, AdamW", "Muon", "AdamW"]  # fmt: skip
+    parts = [table(header, rows)]
+    if "laws" in results:
+        laws = [
+            [_LAWS[name], _interval(law["coefficient"], 3), _interval(law["exponent"], 4), f"{law['r_squared']:.3f}"]
+            for name, law in results["laws"].items()
         ]
-    )
+        ratios = [
+            [str(one["width"]), *_ratio_text(one), *_ratio_text(whole)]
+            for one, whole in zip(*(results[key] for key in _RATIOS), strict=True)
+        ]
+        interval = "95 %, bootstrap over seeds"
+        parts += [
+            table(["L = c · C^-α, C in PFLOP/s-days", "c (95 %)", "α (95 %)", "R²"], laws),
+            table(["at AdamW's loss of width", "Muon's compute / AdamW's, of the model", interval,
+                   "with the optimizer's", interval], ratios),
+        ]  # fmt: skip
+    return "\n\n".join([*parts, "\n".join(findings(results))])
+
+
+_LAWS = {"muon": "Muon", "muon_with_optimizer": "Muon, with the optimizer's compute", "adamw": "AdamW"}
+_RATIOS = {
+    "compute_ratio": "by the model's compute, as the paper counts",
+    "compute_ratio_with_optimizer": "with the compute of Muon's step",
+}
+
+
+def _losses_text(by_seed: Mapping[str, float] | None) -> str:
+    return "diverged" if by_seed is None else Spread.of(list(by_seed.values())).text()
 
 
 def _interval(values: Sequence[float], digits: int) -> str:
@@ -203,46 +194,68 @@ def _interval(values: Sequence[float], digits: int) -> str:
     return f"{value} ({low} – {high})"
 
 
+def _ratio_text(one: Mapping[str, float]) -> list[str]:
+    return [number(one["ratio"], 2), f"{number(one['low'], 2)} – {number(one['high'], 2)}"]
+
+
 def findings(results: Results) -> list[str]:
     """What was seen, and what was not, a sentence each."""
-    ratios, published = results["compute_ratio"], results["published"]
-    below = [one for one in ratios if one["high"] < 1]
-    smallest, largest = ratios[0], ratios[-1]
-    said = [
-        f"- {'Seen' if len(below) == len(ratios) else 'Not seen'}: Muon needs less compute than AdamW for the same"
-        f" loss, at every size. The 95 % interval is below 1 at {len(below)} of {len(ratios)} sizes.",
-        f"- The ratio goes from {smallest['ratio']:.2f} at the smallest size to {largest['ratio']:.2f} at the largest."
-        f" Moonlight's printed fits give {published['1.0']:.2f} at 1 PFLOP/s-day and {published['18.0']:.2f} at 18;"
-        " these runs are smaller by a factor of 10⁸ and more, and say nothing about those.",
-    ]
-    for name, label in LABELS.items():
+    said, sizes, published = diverged_text(results), results["sizes"], results["published"]
+    if "laws" not in results:
+        return [
+            *said,
+            f"- {verdict(False)}: Muon needs less compute than AdamW for the same loss. Too few sizes are left.",
+        ]
+    tuned = sum(size["is_tuned"] for size in sizes)
+    for key, how in _RATIOS.items():
+        ratios = results[key]
+        below = sum(one["high"] < 1 for one in ratios)
+        said.append(
+            f"- {verdict(below == len(sizes))}, {how}: Muon needs less compute than AdamW for the same loss, at every"
+            f" size. The interval is below 1 at {below} of {len(sizes)} sizes; {tuned} of all were tuned, and"
+            f" the others have rates by trend. The ratio goes from {ratios[0]['ratio']:.2f} at the smallest size to"
+            f" {ratios[-1]['ratio']:.2f} at the largest."
+        )
+    said.append(
+        f"- Moonlight's printed fits give {published['1.0']:.2f} at 1 PFLOP/s-day and {published['18.0']:.2f} at 18."
+        f" The largest of these runs is smaller than 1 PFLOP/s-day by a factor of"
+        f" {1 / max(size['pflop_s_days'] for size in sizes):.2g}, and says nothing about those."
+    )
+    for name, label in _LAWS.items():
         said += [f"- The law of {label}: {warning}." for warning in results["laws"][name]["warnings"]]
     return said
 
 
 def draw(results: Results, path: Path) -> None:
-    """Losses and laws over compute; beside them the ratio."""
+    """Losses and laws over the model's compute; beside them the two ratios. Nothing if too few sizes have a loss."""
+    if "laws" not in results:
+        return
     flop = [size["pflop_s_days"] * PFLOP_S_DAY for size in results["sizes"]]
     with panels(path, 2, width=5.6) as (left, right):
         for name, label, colour in (("muon", "Muon", MUON), ("adamw", "AdamW", ADAMW)):
-            law, losses = results["laws"][name], results["val_loss"][name]
-            by_size = [list(losses[str(size["width"])].values()) for size in results["sizes"]]
-            for c, values in zip(flop, by_size, strict=True):
+            for size, c in zip(results["sizes"], flop, strict=True):
+                values = list(results["val_loss"][name].get(str(size["width"]), {}).values())
                 left.plot([c] * len(values), values, ".", color=colour, markersize=5, alpha=0.6)
+            law = results["laws"][name]
             line = [law["coefficient"][0] * (c / PFLOP_S_DAY) ** -law["exponent"][0] for c in flop]
             left.plot(flop, line, color=colour, linewidth=1.6, label=f"{label}: α = {law['exponent'][0]:.3f}")
         left.set_xscale("log")
         left.set_yscale("log")
-        frame(left, "compute, FLOP", "validation loss, nats per byte", "every point a run; lines are the power laws")
+        frame(
+            left, "the model's compute, FLOP", "validation loss, nats per byte", "every point a run; lines are the laws"
+        )
         left.legend(frameon=False)
-        ratios = results["compute_ratio"]
-        x = [one["pflop_s_days"] * PFLOP_S_DAY for one in ratios]
-        right.fill_between(x, [r["low"] for r in ratios], [r["high"] for r in ratios], color=MUON, alpha=0.2)
-        right.plot(x, [r["ratio"] for r in ratios], "o-", color=MUON)
-        right.axhline(1, color="#8a8a8a", linewidth=1)
+        for (key, label), colour in zip(_RATIOS.items(), (MUON, THIRD), strict=True):
+            ratios = results[key]
+            x = [one["pflop_s_days"] * PFLOP_S_DAY for one in ratios]
+            right.fill_between(x, [r["low"] for r in ratios], [r["high"] for r in ratios], color=colour, alpha=0.2)
+            right.plot(x, [r["ratio"] for r in ratios], "o-", color=colour, label=label)
+        right.axhline(1, color=OTHER, linewidth=1)
         right.set_xscale("log")
-        right.set_ylim(0, max(1.1, *(r["high"] for r in ratios)))
-        frame(right, "AdamW's compute, FLOP", "Muon's / AdamW's, at equal loss", "from the fits; band: 95 % over seeds")
+        right.set_ylim(bottom=0)
+        right.legend(frameon=False, fontsize=8)
+        title = "from the laws; bands: 95 %, bootstrap over seeds"
+        frame(right, "AdamW's compute, FLOP", "Muon's / AdamW's, at equal loss", title)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

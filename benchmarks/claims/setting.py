@@ -35,10 +35,15 @@ STEPS = 600
 TUNING_SEED = 100  # not among those that are reported
 SEEDS = (1, 2, 3, 4, 5)
 GRIDS = {
-    # The initial scale of models 2,048 wide and more, and 1/√width: one optimizer may want the one, one the other.
+    # The initial scale of models 2,048 wide and more, and 1/√64: one optimizer may want the one, one the other.
     "full": Grid((2e-3, 4e-3, 8e-3, 1.6e-2), (8e-3, 1.6e-2, 3.2e-2), (USUAL_INIT, 0.125)),
     "tiny": Grid((4e-3, 8e-3), (1.6e-2,)),  # to see that everything works
 }
+
+
+def interval(steps: int, times: int) -> int:
+    """Steps between two measurements of at least so many, if there are so many steps; the last step is one of them."""
+    return max(every for every in range(1, max(1, steps // times) + 1) if steps % every == 0)
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class Setting:
 
     def reported(self, optimizer: str, rates: Rates, seeds: Sequence[int]) -> dict[int, Run]:
         """The tuned runs at full length, by seed: what is measured of them and kept serves several experiments."""
-        every = max(1, self.steps // 10)
+        every = interval(self.steps, 10)
         return {
             seed: self.run(
                 optimizer,

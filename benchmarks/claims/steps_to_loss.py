@@ -14,15 +14,16 @@ AdamW with one learning rate for everything, tuned as well, is what a naive comp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.claims.command import Results, main, tuning_as_json
+from benchmarks.claims.command import Results, diverged_text, main, tuning_as_json
 from benchmarks.claims.crossing import crossing, smallest_sure
 from benchmarks.claims.figure import ADAMW, MUON, OTHER, frame, panels, with_seeds
-from benchmarks.claims.laboratory import USUAL_SEARCHES, Laboratory, Search, losses_of
-from benchmarks.claims.markdown import number, p_value, table
+from benchmarks.claims.laboratory import USUAL_SEARCHES, Laboratory, Search, losses_of, without_diverged
+from benchmarks.claims.markdown import number, p_value, table, verdict
 from benchmarks.claims.paired import Spread, paired
 
 NAME = "steps_to_loss"
@@ -49,31 +50,47 @@ def experiment(laboratory: Laboratory) -> Results:
         "muon": setting.reported("muon", tuned["muon"].best, seeds),
         **{str(share): {s: setting.run("muon", short, s, n) for s in seeds} for share, n in steps.items()},
     }
-    losses = losses_of(laboratory.do_arms(arms))
+    done = laboratory.do_arms(arms)
+    whole, diverged = without_diverged(done)
+    losses = losses_of(done)
     muon = {**{share: losses[str(share)] for share in SHARES}, 1.0: losses["muon"]}
     return {
         "tuning": tuning_as_json(tuned),
-        "val_loss": losses,
+        "diverged": diverged,
+        "val_loss": losses_of(whole),
         **summarize(muon, losses["adamw"], losses["adamw_one_rate"]),
     }
 
 
 def summarize(muon: Mapping[float, Losses], adamw: Losses, one_rate: Losses) -> Results:
-    """What is said of the losses.
+    """What is said of the losses; one of a run that diverged is infinite.
 
     Args:
         muon: By share of the steps and seed.
         adamw: By seed, at full length.
         one_rate: The same with one learning rate for everything.
+
+    Returns:
+        The differences of arms in which no run diverged, and the shares of the steps at which Muon has reached either
+        target. Of a target of which a run diverged there is nothing: no seed is left out by itself.
     """
-    return {
-        "against_adamw": {str(share): paired(losses, adamw).asdict() for share, losses in sorted(muon.items())},
-        "sure_share": smallest_sure(muon, adamw),
-        "step_ratio": _ratios(muon, adamw),
-        "one_rate_against_adamw": paired(one_rate, adamw).asdict(),
-        "sure_share_against_one_rate": smallest_sure(muon, one_rate),
-        "step_ratio_against_one_rate": _ratios(muon, one_rate),
-    }
+    found: Results = {}
+    if _is_whole(adamw):
+        found["against_adamw"] = {
+            str(share): paired(losses, adamw).asdict() for share, losses in sorted(muon.items()) if _is_whole(losses)
+        }
+        found["sure_share"] = smallest_sure(muon, adamw)
+        found["step_ratio"] = _ratios(muon, adamw)
+    if _is_whole(one_rate):
+        found["sure_share_against_one_rate"] = smallest_sure(muon, one_rate)
+        found["step_ratio_against_one_rate"] = _ratios(muon, one_rate)
+    if _is_whole(adamw) and _is_whole(one_rate):
+        found["one_rate_against_adamw"] = paired(one_rate, adamw).asdict()
+    return found
+
+
+def _is_whole(losses: Losses) -> bool:
+    return all(map(math.isfinite, losses.values()))
 
 
 def _ratios(muon: Mapping[float, Losses], target: Losses) -> dict[str, Any]:
@@ -94,14 +111,16 @@ def tables(results: Results) -> str:
     """The results in Markdown."""
     losses, tuning, seeds = results["val_loss"], results["tuning"], [str(seed) for seed in results["seeds"]]
     header = ["", "steps", *(f"seed {seed}" for seed in seeds), "mean ± sd", "minus AdamW", "seeds below", "p of below"]
-    rows = [
-        _row("AdamW", results["steps"], losses["adamw"], seeds, None),
-        _row("AdamW, one rate", results["steps"], losses["adamw_one_rate"], seeds, results["one_rate_against_adamw"]),
+    against, full = results.get("against_adamw", {}), results["steps"]
+    arms: list[tuple[str, int, str, Any]] = [
+        ("AdamW", full, "adamw", None),
+        ("AdamW, one rate", full, "adamw_one_rate", results.get("one_rate_against_adamw")),
+        *(
+            (f"Muon, {100 * s:.0f} %", round(s * full), "muon" if s == 1 else str(s), against.get(str(s)))
+            for s in sorted((*SHARES, 1.0), reverse=True)
+        ),
     ]
-    for share, difference in sorted(results["against_adamw"].items(), key=lambda pair: -float(pair[0])):
-        arm = "muon" if float(share) == 1 else share
-        steps = round(float(share) * results["steps"])
-        rows.append(_row(f"Muon, {100 * float(share):.0f} %", steps, losses[arm], seeds, difference))
+    rows = [_row(name, steps, losses.get(arm), seeds, difference) for name, steps, arm, difference in arms]
     rates = [
         [_ARMS[arm], f"{one['lr']:g}", "the same" if one["adamw_lr"] is None else f"{one['adamw_lr']:g}",
          f"{one['initializer_range']:g}", f"{len(one['tried'])}", "yes" if one["is_on_edge"] else "no"]
@@ -128,8 +147,14 @@ _ARMS = {
 
 
 def _row(
-    name: str, steps: int, losses: Mapping[str, float], seeds: Sequence[str], difference: Mapping[str, Any] | None
+    name: str,
+    steps: int,
+    losses: Mapping[str, float] | None,
+    seeds: Sequence[str],
+    difference: Mapping[str, Any] | None,
 ) -> list[str]:
+    if losses is None:
+        return [name, str(steps), *("" for _ in seeds), "diverged", "", "", ""]
     compared = ["", "", ""]
     if difference is not None:
         below = f"{difference['seeds_below']} of {len(seeds)}"
@@ -140,48 +165,58 @@ def _row(
 
 def findings(results: Results) -> list[str]:
     """What was seen of the claim, and what was not, a sentence each."""
-    number_of_seeds = len(results["seeds"])
-    claimed = results["against_adamw"][str(CLAIMED_SHARE)]
-    is_seen = claimed["mean"] < 0 and claimed["seeds_below"] == number_of_seeds
-    sure, ratio = results["sure_share"], results["step_ratio"]
-    naive, trap = results["step_ratio_against_one_rate"], results["one_rate_against_adamw"]
-    said = [
-        f"- {'Seen' if is_seen else 'Not seen'}: tuned Muon at {100 * CLAIMED_SHARE:.0f} % of the steps below tuned"
-        f" AdamW at all of them, in every seed. The mean difference is {number(claimed['mean'], sign=True)}, below zero"
-        f" in {claimed['seeds_below']} of {number_of_seeds} seeds."
-    ]
-    if sure is None:
-        said.append("- At no share of the steps that was tried was Muon below AdamW in every seed.")
+    seeds, said = len(results["seeds"]), diverged_text(results)
+    claim = f"tuned Muon at {100 * CLAIMED_SHARE:.0f} % of the steps below tuned AdamW at all of them, in every seed."
+    claimed = results.get("against_adamw", {}).get(str(CLAIMED_SHARE))
+    if claimed is None:
+        said.append(f"- {verdict(False)}: {claim} Training diverged.")
     else:
-        said.append(f"- The smallest share that was tried with Muon below AdamW in every seed is {100 * sure:.0f} %.")
-    said.append(f"- By interpolation, Muon reaches AdamW's loss at {_ratio_text(ratio, number_of_seeds)}.")
-    said.append(
-        f"- The trap: AdamW with one learning rate for everything differs from AdamW with two by"
-        f" {number(trap['mean'], sign=True)}. Against it, Muon would have needed {_ratio_text(naive, number_of_seeds)}."
-    )
+        said.append(
+            f"- {verdict(claimed['seeds_below'] == seeds)}: {claim} The mean difference is"
+            f" {number(claimed['mean'], sign=True)}, below zero in {claimed['seeds_below']} of {seeds} seeds."
+        )
+    if "step_ratio" in results:
+        sure = results["sure_share"]
+        said.append(
+            "- At no share of the steps, with all larger ones, was Muon below AdamW in every seed."
+            if sure is None
+            else f"- The smallest share that was tried from which on Muon is below AdamW in every seed is"
+            f" {100 * sure:.0f} %."
+        )
+        said.append(f"- By interpolation, Muon is below AdamW's loss from {_ratio_text(results['step_ratio'], seeds)}.")
+    if "one_rate_against_adamw" in results:
+        said.append(
+            f"- The trap: AdamW with one learning rate for everything differs from AdamW with two by"
+            f" {number(results['one_rate_against_adamw']['mean'], sign=True)}. Against it, Muon would have been below"
+            f" from {_ratio_text(results['step_ratio_against_one_rate'], seeds)}."
+        )
     return said
 
 
 def _ratio_text(ratio: Mapping[str, Any], seeds: int) -> str:
     if ratio["mean"] is None:
-        return "no share of the steps that was tried: it never did"
+        return "no share of the steps that was tried: at the largest it is above"
     spread = f"{100 * ratio['mean']:.1f}" + ("" if ratio["sd"] is None else f" ± {100 * ratio['sd']:.1f}")
-    text = f"{spread} % of its steps (mean ± sd over the seeds)"
+    text = f"{spread} % of AdamW's steps on (mean ± sd over the seeds)"
     if bounds := ratio["seeds_at_or_below_the_smallest_share"]:
         text += f", an upper bound: {len(bounds)} of {seeds} seeds were there at the smallest share already"
     if never := ratio["seeds_never"]:
-        text += f", without {len(never)} of {seeds} seeds, which never did"
+        text += f", without {len(never)} of {seeds} seeds, which were above at the largest"
     return text
 
 
 def draw(results: Results, path: Path) -> None:
     """Muon's loss over the share of the steps, against AdamW's two."""
-    losses, seeds = results["val_loss"], list(results["val_loss"]["adamw"])
-    shares = [*(str(share) for share in SHARES), "muon"]
-    x = [100 * share for share in (*SHARES, 1.0)]
+    losses, seeds = results["val_loss"], [str(seed) for seed in results["seeds"]]
+    arms = {share: "muon" if share == 1 else str(share) for share in (*SHARES, 1.0)}
+    shown = {100 * share: losses[arm] for share, arm in arms.items() if arm in losses}
     with panels(path, 1, width=7) as (axes,):
-        with_seeds(axes, x, [[losses[share][s] for share in shares] for s in seeds], color=MUON, label="Muon")
+        if shown:
+            by_seed = [[one[seed] for one in shown.values()] for seed in seeds]
+            with_seeds(axes, list(shown), by_seed, color=MUON, label="Muon")
         for arm, colour in (("adamw_one_rate", OTHER), ("adamw", ADAMW)):
+            if arm not in losses:
+                continue
             values = list(losses[arm].values())
             axes.axhspan(min(values), max(values), color=colour, alpha=0.15, linewidth=0)
             axes.axhline(sum(values) / len(values), color=colour, linewidth=1.8, label=f"{_ARMS[arm]}, all steps")

@@ -3,9 +3,9 @@
 ``python -m benchmarks.claims.svd_entropy [--json benchmarks/results/svd_entropy.json]
 [--picture docs/pictures/svd_entropy.png]``
 
-The runs are those of `steps_to_loss` at full length, both optimizers at their tuned learning rates; they are taken from
-there if they are done. Every matrix is compared with itself under the other optimizer, from the same initial weights
-and over the same text. The routers' matrices are counted apart.
+The runs are at full length, both optimizers at the learning rates that were best at the usual initial scale in the
+search of `steps_to_loss`. So every matrix is compared with itself under the other optimizer, from the same initial
+weights and over the same text. The routers' matrices are counted apart.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.claims.command import Results, main, tuning_as_json
+from benchmarks.claims.command import Results, diverged_text, main, tuning_as_json
 from benchmarks.claims.figure import ADAMW, MUON, frame, panels
 from benchmarks.claims.kinds import KINDS, by_kind, matrices
-from benchmarks.claims.laboratory import Laboratory
-from benchmarks.claims.markdown import number, table
+from benchmarks.claims.laboratory import Laboratory, without_diverged
+from benchmarks.claims.markdown import number, table, verdict
 
 NAME = "svd_entropy"
 CLAIMED_SHARE = 0.9
@@ -39,16 +39,18 @@ Entropies = Mapping[str, Mapping[str, float]]  # by seed and matrix
 
 def experiment(laboratory: Laboratory) -> Results:
     """The tuned runs, and the entropies at their ends."""
-    tuned = laboratory.tune()
+    tuned = laboratory.tune_at_usual_scale()
     runs = {one: laboratory.setting.reported(one, tuned[one].best, laboratory.seeds) for one in ("muon", "adamw")}
+    outcomes, diverged = without_diverged(laboratory.do_arms(runs))
     entropies = {
         optimizer: {str(seed): matrices(outcome.last(PREFIX)) for seed, outcome in by_seed.items()}
-        for optimizer, by_seed in laboratory.do_arms(runs).items()
+        for optimizer, by_seed in outcomes.items()
     }
     return {
         "tuning": tuning_as_json(tuned),
+        "diverged": diverged,
         "entropy": entropies,
-        "summary": summarize(entropies["muon"], entropies["adamw"]),
+        "summary": {} if diverged else summarize(entropies["muon"], entropies["adamw"]),
     }
 
 
@@ -100,11 +102,14 @@ def tables(results: Results) -> str:
 
 def findings(results: Results) -> list[str]:
     """What was seen of the claim, and what was not."""
+    said = diverged_text(results)
+    if not results["summary"]:
+        return said
     rest, routers = results["summary"]["all but routers"], results["summary"].get("Router")
-    seen = "Seen" if rest["share_higher"] > CLAIMED_SHARE else "Not seen"
-    said = [
-        f"- {seen}: a higher entropy under Muon in more than {100 * CLAIMED_SHARE:.0f} % of the matrices. It is higher"
-        f" in {100 * rest['share_higher']:.1f} % of all but the routers', over {len(results['seeds'])} seeds."
+    said += [
+        f"- {verdict(rest['share_higher'] > CLAIMED_SHARE)}: a higher entropy under Muon in more than"
+        f" {100 * CLAIMED_SHARE:.0f} % of the matrices. It is higher in {100 * rest['share_higher']:.1f} % of all but"
+        f" the routers', over {len(results['seeds'])} seeds."
     ]
     if routers is not None:
         said.append(f"- Of the routers' matrices it is higher in {100 * routers['share_higher']:.1f} %.")
@@ -118,7 +123,9 @@ def findings(results: Results) -> list[str]:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Every matrix: its entropy after AdamW, and after Muon."""
+    """Every matrix: its entropy after AdamW, and after Muon; nothing if one of the two diverged."""
+    if not results["summary"]:
+        return
     muon, adamw = results["entropy"]["muon"], results["entropy"]["adamw"]
     groups = by_kind(next(iter(muon.values())))
     colours = dict(zip(KINDS, ("#4c72b0", "#6fa8dc", "#dd8452", "#e3b23c", "#8c8c8c", "#c44e52"), strict=True))

@@ -79,6 +79,23 @@ class Tuned:
     losses: dict[Rates, float]
     is_on_edge: bool
 
+    def at(self, initializer_range: float) -> Tuned:
+        """What the same search has found at one initial scale, from the runs that there are.
+
+        A search grows around its best rates at any scale: at this one the best may be on the edge, which is said.
+
+        Raises:
+            ValueError: The scale was not searched, or all runs at it diverged.
+        """
+        losses = {rates: loss for rates, loss in self.losses.items() if rates.initializer_range == initializer_range}
+        if not losses:
+            raise ValueError(f"Tuned.at: no run began at the scale {initializer_range:g}; the grid must have it")
+        best = _best(f"scale {initializer_range:g}", losses)
+        lrs, others = {rates.lr for rates in losses}, {rates.adamw_lr for rates in losses if rates.adamw_lr is not None}
+        ends = [(min(one), max(one)) for one in (lrs, others) if one]
+        is_on_edge = any(rate in end for rate, end in zip((best.lr, best.adamw_lr), ends, strict=False))
+        return Tuned(best, losses, is_on_edge)
+
 
 def tune(
     grids: Mapping[str, Grid],

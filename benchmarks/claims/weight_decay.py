@@ -4,8 +4,9 @@
 [--picture docs/pictures/weight_decay.png]``
 
 A run at the usual length and one five times as long, each with a schedule of its own, at the learning rates that were
-best at the usual length with a decay of 0.1. A crossover is said to be seen only if the runs without decay are
-better in every seed at one length and worse in every seed at the other.
+best at the usual length and the usual initial scale with a decay of 0.1: no decay has none of its own. A crossover is
+said to be seen only if the runs without decay are better in every seed at one length and worse in every seed at the
+other.
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.claims.command import Results, main, tuning_as_json
+from benchmarks.claims.command import Results, diverged_text, main, tuning_as_json
 from benchmarks.claims.figure import ADAMW, MUON, frame, panels, with_seeds
 from benchmarks.claims.kinds import parameters
-from benchmarks.claims.laboratory import Laboratory, losses_of
-from benchmarks.claims.markdown import number, p_value, table
+from benchmarks.claims.laboratory import Laboratory, losses_of, without_diverged
+from benchmarks.claims.markdown import number, p_value, table, verdict
 from benchmarks.claims.paired import Spread, paired
 from benchmarks.claims.run import Outcome
-from benchmarks.claims.setting import SEEDS
+from benchmarks.claims.setting import SEEDS, interval
 
 NAME = "weight_decay"
 DECAY, LONG = 0.1, 5
-LENGTHS = ("short", "long")
+LENGTHS, NAMES = ("short", "long"), ("decay", "none")
 PREFIX = "muon/weight_rms/"
 
 Curve = list[tuple[int, float]]  # step, value
@@ -35,10 +36,10 @@ Curve = list[tuple[int, float]]  # step, value
 def experiment(laboratory: Laboratory) -> Results:
     """With and without decay, short and long."""
     setting, seeds = laboratory.setting, laboratory.seeds
-    tuned = laboratory.tune()
+    tuned = laboratory.tune_at_usual_scale()
     rates, long = tuned["muon"].best, LONG * setting.steps
     measured: dict[str, Any] = {"measure": ("weights",)}
-    often = {length: max(1, steps // 10) for length, steps in (("short", setting.steps), ("long", long))}
+    often = {length: interval(steps, 10) for length, steps in (("short", setting.steps), ("long", long))}
     arms = {
         "short, decay": setting.reported("muon", rates, seeds),
         "short, none": {
@@ -52,11 +53,12 @@ def experiment(laboratory: Laboratory) -> Results:
             for name, decay in (("decay", DECAY), ("none", 0.0))
         },
     }
-    outcomes = laboratory.do_arms(arms)
+    outcomes, diverged = without_diverged(laboratory.do_arms(arms))
     losses = losses_of(outcomes)
     curves = {arm: {seed: mean_rms(one) for seed, one in by_seed.items()} for arm, by_seed in outcomes.items()}
     return {
         "tuning": tuning_as_json(tuned),
+        "diverged": diverged,
         "long_steps": long,
         "val_loss": losses,
         "weight_rms": curves,
@@ -71,13 +73,19 @@ def mean_rms(outcome: Outcome) -> Curve:
     return [(points[0][0], fmean(value for _, value in points)) for points in zip(*curves, strict=True)]
 
 
-def summarize(
-    losses: Mapping[str, Mapping[int, float]], curves: Mapping[str, Mapping[int, Curve]]
-) -> dict[str, dict[str, Any]]:
-    """For each length: the loss without decay minus that with it, and by how much larger the weights end."""
-    found = {}
+def summarize(losses: Mapping[str, Mapping[int, float]], curves: Mapping[str, Mapping[int, Curve]]) -> dict[str, Any]:
+    """For each length the loss without decay minus that with it, and by how much larger the weights end; for each decay
+    by how much larger they end in the long run than in the short one. Of arms that did not diverge.
+    """
+    found: dict[str, Any] = {}
+    for name in NAMES:
+        short, long = (curves.get(f"{length}, {name}") for length in LENGTHS)
+        if short is not None and long is not None:
+            found[f"long over short, {name}"] = {seed: long[seed][-1][1] / short[seed][-1][1] for seed in short}
     for length in LENGTHS:
         decay, none = f"{length}, decay", f"{length}, none"
+        if not {decay, none} <= losses.keys():
+            continue
         growth = [curves[none][seed][-1][1] / curves[decay][seed][-1][1] for seed in curves[none]]
         spread = Spread.of(growth)
         found[length] = {
@@ -92,13 +100,17 @@ def tables(results: Results) -> str:
     """The results in Markdown."""
     rows = []
     for length, steps in zip(LENGTHS, (results["steps"], results["long_steps"]), strict=True):
-        difference = results["summary"][length]["none_minus_decay"]
-        for name, said in (("decay", f"{DECAY:g}"), ("none", "0")):
+        compared_at = results["summary"].get(length)
+        for name, said in zip(NAMES, (f"{DECAY:g}", "0"), strict=True):
             arm = f"{length}, {name}"
+            if arm not in results["val_loss"]:
+                rows.append([str(steps), said, "diverged", "", "", "", ""])
+                continue
             losses = Spread.of(list(results["val_loss"][arm].values())).text()
             rms = Spread.of([curve[-1][1] for curve in results["weight_rms"][arm].values()]).text(4)
             compared = ["", "", ""]
-            if name == "none":
+            if name == "none" and compared_at is not None:
+                difference = compared_at["none_minus_decay"]
                 below = f"{difference['seeds_below']} of {len(difference['differences'])}"
                 compared = [number(difference["mean"], 4, sign=True), below, p_value(difference["p_below"])]
             rows.append([str(steps), said, losses, rms, *compared])
@@ -108,19 +120,29 @@ def tables(results: Results) -> str:
 
 def findings(results: Results) -> list[str]:
     """What was seen of the claims, and what was not."""
-    short, long = (results["summary"][length] for length in LENGTHS)
-    seeds = len(results["seeds"])
-    grows = long["rms_ratio_mean"] > short["rms_ratio_mean"] > 1
-    said = [
-        f"- {'Seen' if grows else 'Not seen'}: without decay the weights grow on. They end"
-        f" {number(short['rms_ratio_mean'], 2)} times as large as with it after {results['steps']} steps, and"
-        f" {number(long['rms_ratio_mean'], 2)} times after {results['long_steps']}."
-    ]
-    early, late = short["none_minus_decay"]["seeds_below"], long["none_minus_decay"]["seeds_below"]
-    crossed = early == seeds and late == 0
+    summary, seeds, said = results["summary"], len(results["seeds"]), diverged_text(results)
+    growth = {name: list(summary.get(f"long over short, {name}", {}).values()) for name in NAMES}
+    if none := growth["none"]:
+        more = "".join(
+            f" After {steps} steps they are {number(summary[length]['rms_ratio_mean'], 2)} times as large as with"
+            " decay."
+            for length, steps in zip(LENGTHS, (results["steps"], results["long_steps"]), strict=True)
+            if length in summary
+        )
+        with_decay = f", with decay {number(fmean(growth['decay']), 2)} times" if growth["decay"] else ""
+        said.append(
+            f"- {verdict(min(none) > 1)}: without decay the weights grow on. After {results['long_steps']} steps they"
+            f" are {number(fmean(none), 2)} times as large as after {results['steps']}{with_decay}; larger in"
+            f" {sum(one > 1 for one in none)} of {seeds} seeds.{more}"
+        )
+    if not set(LENGTHS) <= summary.keys():
+        return said
+    short, long = (summary[length]["none_minus_decay"] for length in LENGTHS)
+    crossed = short["seeds_below"] == seeds and long["seeds_above"] == seeds
     said.append(
-        f"- {'Seen' if crossed else 'Not seen'}: no decay is better in the short run and worse in the long one. It is"
-        f" better in {early} of {seeds} seeds in the short run, and in {late} of {seeds} in the long one."
+        f"- {verdict(crossed)}: no decay is better in the short run and worse in the long one. It is better in"
+        f" {short['seeds_below']} of {seeds} seeds in the short run, and worse in {long['seeds_above']} of {seeds} in"
+        " the long one."
     )
     return said
 
@@ -130,7 +152,9 @@ def draw(results: Results, path: Path) -> None:
     with panels(path, 2) as (growth, losses):
         for name, colour, label in (("decay", MUON, f"decay {DECAY:g}"), ("none", ADAMW, "no decay")):
             for length, style in (("short", "--"), ("long", "-")):
-                curves = list(results["weight_rms"][f"{length}, {name}"].values())
+                curves = list(results["weight_rms"].get(f"{length}, {name}", {}).values())
+                if not curves:
+                    continue
                 steps = [step for step, _ in curves[0]]
                 values = [[value for _, value in curve] for curve in curves]
                 label_of = f"{label}, {steps[-1]} steps"
@@ -138,10 +162,10 @@ def draw(results: Results, path: Path) -> None:
         frame(growth, "optimizer step", "weight RMS, mean over hidden parameters", "growth of the weights")
         growth.set_ylim(bottom=0)
         growth.legend(frameon=False, fontsize=8)
-        x = [results["steps"], results["long_steps"]]
-        found = [results["summary"][length]["none_minus_decay"]["differences"] for length in LENGTHS]
-        differences = [[one[seed] for one in found] for seed in found[0]]
-        with_seeds(losses, x, differences, color=ADAMW, linestyle="")  # between the two lengths nothing is known
+        x = dict(zip(LENGTHS, (results["steps"], results["long_steps"]), strict=True))
+        for length in (one for one in LENGTHS if one in results["summary"]):
+            found: list[float] = list(results["summary"][length]["none_minus_decay"]["differences"].values())
+            with_seeds(losses, [x[length]], [[one] for one in found], color=ADAMW, linestyle="")
         losses.axhline(0, color="black", linewidth=0.8)
         frame(
             losses,
@@ -149,7 +173,7 @@ def draw(results: Results, path: Path) -> None:
             "loss without decay minus with it, nats per byte",
             "seeds and mean; below zero, no decay is better",
         )
-        losses.set_xticks(x)
+        losses.set_xticks(list(x.values()))
 
 
 if __name__ == "__main__":

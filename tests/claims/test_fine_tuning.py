@@ -53,16 +53,39 @@ def results(losses: dict[str, list[float]]) -> dict:
         trained: fine_tuning.paired(by_seed[f"{trained}/muon"], by_seed[f"{trained}/adamw"]).asdict()
         for trained in ("muon", "adamw")
     }
-    rates = {pair: {"lr": 1e-3, "is_on_edge": pair == "muon/adamw"} for pair in losses}
-    return {"seeds": [1, 2], "val_loss": by_seed, "muon_against_adamw": compared, "fine_tuning_rates": rates}
+    rates = {pair: {"lr": 1e-3, "adamw_lr": 2e-3, "is_on_edge": pair == "muon/adamw"} for pair in losses}
+    best = {pair: fine_tuning.paired(by_seed["muon/muon"], by_seed[pair]).asdict() for pair in list(by_seed)[1:]}
+    found = {"seeds": [1, 2], "val_loss": by_seed, "muon_against_adamw": compared, "best_against": best}
+    return {**found, "fine_tuning_rates": rates, "diverged": {}}
 
 
 def test_findings() -> None:
-    seen = {"muon/muon": [1.0, 1.1], "muon/adamw": [1.2, 1.3], "adamw/muon": [1.4, 1.5], "adamw/adamw": [1.3, 1.5]}
+    seen = {"muon/muon": [1.0, 1.1], "muon/adamw": [1.2, 1.3], "adamw/muon": [1.4, 1.5], "adamw/adamw": [1.3, 1.4]}
     said = fine_tuning.findings(results(seen))
     assert [line.split(":")[0] for line in said[:3]] == ["- Seen"] * 3
     assert said[3] == "- The search ended on the edge for AdamW on Muon's checkpoint."
+    assert "Of 2 seeds it is below AdamW on Muon's checkpoint in 2; Muon on AdamW's checkpoint in 2" in said[0]
     other = {**seen, "muon/muon": [1.0, 1.4], "adamw/muon": [1.0, 1.0]}
     said = fine_tuning.findings(results(other))
     assert [line.split(":")[0] for line in said[:3]] == ["- Not seen"] * 3
-    assert "Muon on AdamW's checkpoint" in said[0]
+    assert "mean is that of Muon on AdamW's checkpoint" in said[0]
+    better_in_the_mean = {**seen, "muon/muon": [1.0, 1.31]}
+    assert fine_tuning.findings(results(better_in_the_mean))[0].startswith("- Not seen")
+    equal = {**seen, "adamw/muon": [1.3, 1.5]}  # one seed is equal
+    assert fine_tuning.findings(results(equal))[2].startswith("- Not seen: on AdamW's checkpoint Muon is worse")
+
+
+def test_pair_that_diverged_is_said_and_nothing_is_seen_of_it(tmp_path: Path) -> None:
+    found = results(
+        {"muon/muon": [1.0, 1.1], "muon/adamw": [1.2, 1.3], "adamw/muon": [1.4, 1.5], "adamw/adamw": [1, 1]}
+    )
+    for key in ("val_loss", "best_against", "fine_tuning_rates"):
+        del found[key]["adamw/adamw"]
+    del found["muon_against_adamw"]["adamw"]
+    found |= {"diverged": {"AdamW on AdamW's checkpoint": [2]}, "text_loss": found["val_loss"]}
+    said = fine_tuning.findings(found)
+    assert said[0] == "- AdamW on AdamW's checkpoint: training diverged with seed 2; left out."
+    assert said[1].startswith("- Not seen: Muon on Muon's checkpoint is better than each other pair")
+    assert said[2].startswith("- Seen: Muon is better than AdamW on Muon's checkpoint")
+    assert not any("on AdamW's checkpoint Muon is worse" in line for line in said)
+    fine_tuning.draw(found, tmp_path / "pairs.png")

@@ -37,7 +37,7 @@ def test_paired() -> None:
     assert found.t == pytest.approx(mean / (sd / math.sqrt(3)))
     assert found.p_below == pytest.approx(integrated(mean / (sd / math.sqrt(3)), 2), abs=1e-7)
     assert found.seeds_below == 2
-    assert not found.is_below_in_all
+    assert found.seeds_above == 1
 
 
 def test_seeds_are_matched_by_number_and_not_by_order() -> None:
@@ -46,8 +46,10 @@ def test_seeds_are_matched_by_number_and_not_by_order() -> None:
 
 def test_one_seed_and_equal_differences_have_no_t() -> None:
     one, equal = paired({1: 1.0}, {1: 2.0}), paired({1: 1.0, 2: 2.0}, {1: 2.0, 2: 3.0})
-    assert (one.mean, one.sd, one.t, one.p_below, one.is_below_in_all) == (-1.0, None, None, None, True)
+    assert (one.mean, one.sd, one.t, one.p_below, one.seeds_below) == (-1.0, None, None, None, 1)
     assert (equal.mean, equal.sd, equal.t, equal.p_below, equal.seeds_below) == (-1.0, 0.0, None, None, 2)
+    same = paired({1: 1.0, 2: 3.0}, {1: 1.0, 2: 2.0})
+    assert (same.seeds_below, same.seeds_above) == (0, 1)  # an equal loss is neither
 
 
 @pytest.mark.parametrize(

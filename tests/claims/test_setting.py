@@ -2,7 +2,7 @@
 
 import itertools
 
-from benchmarks.claims.setting import GRIDS, MODEL, SEEDS, TUNING_SEED, Setting
+from benchmarks.claims.setting import GRIDS, MODEL, SEEDS, TUNING_SEED, Setting, interval
 from benchmarks.claims.tuning import Rates
 from examples.moe_lm.config import ModelConfig
 
@@ -34,3 +34,10 @@ def test_model_is_as_the_page_says() -> None:
         Setting().run("muon", Rates(1e-2, None), 1).batch_size * Setting().run("muon", Rates(1e-2, None), 1).seq_len
         == 1024
     )
+
+
+def test_last_step_is_measured_whatever_the_steps() -> None:
+    assert [interval(steps, 10) for steps in (600, 3000, 10, 7, 1, 125, 96)] == [60, 300, 1, 1, 1, 5, 8]
+    for steps in range(1, 200):
+        assert steps % interval(steps, 20) == 0
+        assert steps / interval(steps, 20) >= min(20, steps)

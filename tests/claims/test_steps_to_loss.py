@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -23,9 +24,12 @@ def muon(at_60: dict[int, float]) -> dict[float, dict[int, float]]:
     return {**{share: dict.fromkeys(ADAMW, loss) for share, loss in others.items()}, 0.6: at_60}
 
 
-def results(at_60: dict[int, float]) -> dict:
-    """As they come out of the file."""
+def results(at_60: dict[int, float], adamw: dict[int, float] = ADAMW, one_rate: dict[int, float] = ONE_RATE) -> dict:
+    """As they come out of the file; of arms with a run that diverged, there are no losses."""
     losses = muon(at_60)
+    whole = {"adamw": adamw, "adamw_one_rate": one_rate, "muon": losses[1.0]}
+    whole |= {str(share): by_seed for share, by_seed in losses.items() if share < 1}
+    gone = {arm: [2] for arm, by_seed in whole.items() if math.inf in by_seed.values()}
     found = {
         "steps": 600,
         "seeds": [1, 2, 3],
@@ -33,11 +37,11 @@ def results(at_60: dict[int, float]) -> dict:
             name: {"lr": 4e-3, "adamw_lr": 1.6e-2, "initializer_range": 0.02, "is_on_edge": False, "tried": []}
             for name in ("adamw", "muon", "muon_short", "adamw_one_rate")
         },
-        "val_loss": {"adamw": ADAMW, "adamw_one_rate": ONE_RATE, "muon": losses[1.0]}
-        | {str(share): by_seed for share, by_seed in losses.items() if share < 1},
-        **summarize(losses, ADAMW, ONE_RATE),
+        "diverged": gone,
+        "val_loss": {arm: by_seed for arm, by_seed in whole.items() if arm not in gone},
+        **summarize(losses, adamw, one_rate),
     }
-    return json.loads(json.dumps(found))
+    return json.loads(json.dumps(found, allow_nan=False))
 
 
 def test_claim_that_is_seen() -> None:
@@ -72,12 +76,36 @@ def test_claim_that_is_not_seen(at_60: dict[int, float]) -> None:
 
 def test_bounds_and_what_is_never_reached_are_said() -> None:
     found = results(dict.fromkeys(ADAMW, 1.58))
-    never = {share: dict.fromkeys(ADAMW, 2.0) for share in muon({})}
-    found |= json.loads(json.dumps(summarize({**never, 0.4: {1: 1.0, 2: 2.0, 3: 2.0}}, ADAMW, ONE_RATE)))
+    mostly = {share: {1: 1.0, 2: 2.0, 3: 2.0} for share in muon({})}
+    found |= json.loads(json.dumps(summarize(mostly, ADAMW, ONE_RATE)))
     said = " ".join(findings(found))
     assert "At no share of the steps" in said
     assert "1 of 3 seeds were there at the smallest share already" in said
-    assert "without 2 of 3 seeds, which never did" in said
+    assert "without 2 of 3 seeds, which were above at the largest" in said
+
+
+def test_share_that_diverged_is_said_and_is_not_below(tmp_path: Path) -> None:
+    found = results({1: 1.0, 2: math.inf, 3: 1.0})
+    assert "0.6" not in found["against_adamw"]
+    assert found["sure_share"] == 1.0
+    assert found["step_ratio"]["by_seed"]["2"] == 1.0  # no line leads from a loss that there is none of
+    said = findings(found)
+    assert said[0] == "- 0.6: training diverged with seed 2; left out."
+    assert said[1].startswith("- Not seen: tuned Muon at 60 %")
+    assert "| Muon, 60 % | 360 |  |  |  | diverged |  |  |  |" in tables(found)
+    steps_to_loss.draw(found, tmp_path / "found.png")
+
+
+@pytest.mark.parametrize("gone", ["adamw", "one_rate"])
+def test_target_that_diverged_leaves_the_rest_to_report(gone: str, tmp_path: Path) -> None:
+    at_60 = dict.fromkeys(ADAMW, 1.45)
+    found = results(at_60, **{gone: {1: 1.5, 2: math.inf, 3: 1.5}})
+    text = tables(found)
+    assert text.count("| diverged |") == 1
+    assert "The trap" not in text
+    assert ("- Not seen: tuned Muon at 60 %" in text) == (gone == "adamw")
+    assert ("- Seen: tuned Muon at 60 %" in text) == (gone == "one_rate")
+    steps_to_loss.draw(found, tmp_path / "found.png")
 
 
 def test_table_has_every_loss() -> None:

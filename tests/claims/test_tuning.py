@@ -60,6 +60,26 @@ def test_initial_scales_are_tried_with_all_rates_and_do_not_grow() -> None:
     assert not found.is_on_edge
 
 
+def test_best_at_one_scale_is_of_that_scale_and_says_if_it_is_on_the_edge() -> None:
+    def losses(rates: Rates) -> float:
+        at_usual_scale = rates.initializer_range == 0.02
+        return valley(4, 1)(rates) + 1 if at_usual_scale else valley(2, 2)(rates)
+
+    found = tune({"adamw": Grid(START.lrs, START.adamw_lrs, (0.02, 0.1))}, Asked(adamw=losses))["adamw"]
+    assert (found.best, found.is_on_edge) == (Rates(2.0, 2.0, 0.1), False)
+    usual, other = found.at(0.02), found.at(0.1)
+    assert (usual.best, usual.is_on_edge) == (Rates(4.0, 1.0, 0.02), True)
+    assert len(usual.losses) == 12
+    assert (other.best, other.is_on_edge) == (found.best, False)
+    with pytest.raises(ValueError, match=r"no run began at the scale 0\.5"):
+        found.at(0.5)
+
+
+def test_one_rate_at_one_scale_has_one_edge() -> None:
+    found = tune({"one": Grid((1.0, 2.0, 4.0), (None,))}, Asked(one=lambda rates: abs(math.log2(rates.lr / 2))))["one"]
+    assert (found.at(0.02).best, found.at(0.02).is_on_edge) == (Rates(2.0, None), False)
+
+
 def test_searches_grow_by_themselves() -> None:
     asked = Asked(muon=valley(2, 2), adamw=valley(8, 2))
     found = tune({"muon": START, "adamw": START}, asked)
