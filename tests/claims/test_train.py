@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks.claims.run import Outcome, do, find, main
+from benchmarks.claims.scaled_model import ScaledMoELM
 from benchmarks.claims.train import Losses, train
 from examples.moe_lm.model import MoELM
 from tests.claims.conftest import TINY, tiny_run
@@ -64,6 +65,35 @@ def test_shorter_run_sees_the_first_windows_of_the_longer() -> None:
     whole = RandomWindows(tokens, 64, 16 * 600, seed=1).starts
     for steps in (8, 240, 360):
         assert torch.equal(RandomWindows(tokens, 64, 16 * steps, seed=1).starts, whole[: 16 * steps])
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_gradients_are_clipped_at_one(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    norms: list[float] = []
+    make, loss_of = ScaledMoELM.make_optimizer, ScaledMoELM.training_step
+
+    def watched(self: ScaledMoELM) -> torch.optim.Optimizer:
+        def watch(one: torch.optim.Optimizer, *_: object) -> None:
+            gradients = [p.grad for group in one.param_groups for p in group["params"] if p.grad is not None]
+            norms.append(torch.nn.utils.get_total_norm(gradients).item())
+
+        found = make(self)
+        found.register_step_post_hook(watch)  # Lightning computes the gradients in the step
+        return found
+
+    monkeypatch.setattr(ScaledMoELM, "make_optimizer", watched)
+    monkeypatch.setattr(ScaledMoELM, "training_step", lambda self, *of: 1000 * loss_of(self, *of))
+    train(tiny_run(optimizer))
+    assert norms == pytest.approx([1.0] * 4, rel=1e-4)
+
+
+def test_fine_tuning_clips_at_one_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+    monkeypatch.setattr(
+        "benchmarks.claims.train.train_on_conversations", lambda run, options, _: asked.update(options) or {}
+    )
+    train(tiny_run(start_from="some.ckpt"))
+    assert asked["gradient_clip_val"] == 1.0
 
 
 def test_diverged_run_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
