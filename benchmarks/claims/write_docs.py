@@ -77,8 +77,8 @@ def described(results: Results) -> str:
     minutes, several = results["seconds_of_runs"] / 60, len(results["seeds"]) > 1
     return (
         f"{len(results['runs'])} runs, {minutes:,.0f} minutes of one process each, added up; {results['steps']} steps"
-        f" at full length; seed{'s' if several else ''} {seeds}. Learning rates of the matrices and of the rest, tuned"
-        f" on another seed: {'; '.join(rates)}."
+        f" at full length; seed{'s' if several else ''} {seeds}. Tuned on another seed, each with the learning"
+        f" rate of the matrices, that of the rest, and the initial scale: {'; '.join(rates)}."
         + (f" Best on the edge of the grid: {listed(edge)}." if edge else "")
         + f" {device}, Python {results['python']}, torch {results['torch']}, Lightning {results['lightning']},"
         f" commit {commits}."
@@ -86,8 +86,8 @@ def described(results: Results) -> str:
 
 
 def _rates(tuned: Mapping[str, Any]) -> str:
-    rates = f"{tuned['lr']:g}" + (" for all" if tuned["adamw_lr"] is None else f" and {tuned['adamw_lr']:g}")
-    return f"{rates} from {tuned['initializer_range']:g}"
+    rest = "the same" if tuned["adamw_lr"] is None else f"{tuned['adamw_lr']:g}"
+    return f"{tuned['lr']:g}, {rest}, {tuned['initializer_range']:g}"
 
 
 _NAMES = {
