@@ -16,7 +16,8 @@ Measure = Literal["updates", "weights", "spectra"]
 
 @dataclass(frozen=True)
 class Run:
-    """One training run. Two runs with the same seed begin with the same weights and see the same windows of text.
+    """One training run. Two runs with the same seed begin with the same weights (times their initial
+    scales, where these differ) and see the same windows of text.
 
     Args:
         optimizer: ``"muon"`` or ``"adamw"``, see `examples.moe_lm.optim.build_optimizer`.
