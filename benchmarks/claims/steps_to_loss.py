@@ -190,7 +190,21 @@ def findings(results: Results) -> list[str]:
             f" {number(results['one_rate_against_adamw']['mean'], sign=True)}. Against it, Muon would have been below"
             f" from {_ratio_text(results['step_ratio_against_one_rate'], seeds)}."
         )
-    return said
+    return said + _luck(results)
+
+
+def _luck(results: Results) -> list[str]:
+    """How much of the tuned losses was the tuning seed's luck: the best of many on one seed looks better than it is."""
+    arms = {"adamw": ("adamw", "AdamW's"), "muon_short": (str(CLAIMED_SHARE), "Muon's shorter one")}
+    said = []
+    for name, (arm, label) in arms.items():
+        losses = [one["val_loss"] for one in results["tuning"][name]["tried"] if one["val_loss"] is not None]
+        if losses and arm in results["val_loss"]:
+            mean = Spread.of(list(results["val_loss"][arm].values())).mean
+            said.append(f"{label} {number(min(losses))} there and {number(mean)} on the reported seeds")
+    if not said:
+        return []
+    return [f"- The best of a search on one seed is partly that seed's luck: {'; '.join(said)}."]
 
 
 def _ratio_text(ratio: Mapping[str, Any], seeds: int) -> str:

@@ -136,3 +136,14 @@ def test_whole_command(tmp_path: Path) -> None:
     assert found["commit"] in (None, *found["commits_of_runs"])
     losses = [run["val_loss"] for run in found["runs"] if run["optimizer"] == "adamw" and run["seed"] == 1]
     assert losses == [found["val_loss"]["adamw"]["1"], found["val_loss"]["adamw_one_rate"]["1"]]
+
+
+def test_luck_of_the_tuning_seed_is_said() -> None:
+    found = results({1: 1.49, 2: 1.51, 3: 1.50})
+    assert not any("luck" in line for line in findings(found))  # nothing was tried
+    found["tuning"]["adamw"]["tried"] = [{"val_loss": 1.48}, {"val_loss": None}, {"val_loss": 1.6}]
+    found["tuning"]["muon_short"]["tried"] = [{"val_loss": 1.51}]
+    assert findings(found)[-1].endswith(
+        "luck: AdamW's 1.480 there and 1.520 on the reported seeds; Muon's shorter one 1.510 there and 1.500 on the"
+        " reported seeds."
+    )
