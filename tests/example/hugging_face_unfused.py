@@ -65,7 +65,7 @@ UNFUSED: dict[str, dict[str, Unfuse]] = {
         r"q_proj": _runs(HEADS, HEAD_DIM, HEAD_DIM),
     },
     "qwen3_5_text": {r"in_proj_qkv\.": _split(16, 16, 16), r"q_proj": _runs(HEADS, HEAD_DIM, HEAD_DIM)},
-    "mamba": {r"in_proj": _split(64, 64)},
+    "mamba": {r"in_proj": _split(64, 64), r"x_proj": _split(2, 4, 4)},  # x_proj: dt, B, C
     "mamba2": {r"in_proj": _split(64, 64, 8, 8, 8)},
     "granitemoehybrid": {**_CONCATENATED, r"in_proj": _split(64, 64, 8, 8, 8), r"input_linear": _split(24, 24)},
     "jetmoe": {
