@@ -1,7 +1,7 @@
 """What the experiments have in common: the model, the text's windows, the seeds, the grid, and which runs they share.
 
-The model is of the example's kind, as small as it can be with all its parts, so that 600 steps take half a minute on
-one core. A run that several experiments need is described once, here, and so is done once.
+The model is of the example's kind with attention of the plain kind, so small that 600 steps take half a minute on one
+core. A run that several experiments need is described once, here, and so is done once.
 """
 
 from __future__ import annotations

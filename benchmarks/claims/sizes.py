@@ -9,6 +9,7 @@ import torch
 import lightning_muon as lm
 from benchmarks.claims.description import Run
 from benchmarks.claims.scaled_model import ScaledMoELM
+from benchmarks.claims.setting import MODEL
 from examples.moe_lm.config import ModelConfig
 from examples.moe_lm.flops import flops_per_token
 from lightning_muon.sharding.units import ownership_plan
@@ -18,21 +19,15 @@ PFLOP_S_DAY = 1e15 * 24 * 3600
 
 
 def geometry(width: int) -> dict[str, Any]:
-    """Fields of `ModelConfig`: heads of one size in proportion to the width, everything else in proportion to it."""
+    """The common model with heads of one size, their number and all that has a width in proportion to ``width``."""
     return {
+        **MODEL,
         "hidden_size": width,
-        "num_hidden_layers": 3,
-        "first_k_dense_replace": 1,
         "num_attention_heads": width // 16,
-        "attention": "gqa",
         "num_key_value_heads": width // 16,
         "head_dim": 16,
         "intermediate_size": 4 * width,
         "moe_intermediate_size": width,
-        "n_routed_experts": 8,
-        "num_experts_per_tok": 2,
-        "n_shared_experts": 1,
-        "max_seq_len": 64,
     }
 
 

@@ -44,7 +44,7 @@ class ModelConfig:
         topk_group: groups chosen per token.
         norm_topk_prob: make the chosen experts' weights sum to one (before scaling).
         routed_scaling_factor: factor on the routed experts' output, which keeps its size that of one expert's:
-            :func:`~examples.moe_lm.gate_scale.gate_scale` computes Moonlight's 2.446 for 6 of 64, and 1.41 for 2 of 8.
+            ``gate_scale`` computes Moonlight's 2.446 for 6 of 64, and 1.41 for 2 of 8.
         bias_update_rate: step of the load-balancing bias per optimizer step; 1e-3 in DeepSeek-V3 and Moonlight.
         aux_loss_alpha: weight in the training loss of the sequence-wise balancing loss, summed over the layers; 0
             leaves it out, DeepSeek-V3 has 1e-4.
