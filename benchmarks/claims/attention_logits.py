@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.claims.command import Results, diverged_text, main, tuning_as_json
 from benchmarks.claims.figure import ADAMW, MUON, OTHER, THIRD, frame, panels, with_seeds
-from benchmarks.claims.laboratory import Laboratory, losses_of, without_diverged
+from benchmarks.claims.laboratory import SEARCHES_AT_USUAL_SCALE, Laboratory, losses_of, without_diverged
 from benchmarks.claims.markdown import number, p_value, table, verdict
 from benchmarks.claims.paired import Spread, paired
 from benchmarks.claims.run import Outcome
@@ -40,7 +40,7 @@ def clipped_arm(tau: float) -> str:
 
 def experiment(laboratory: Laboratory) -> Results:
     """The runs, and the largest logits at every step that was measured."""
-    setting, seeds, tuned = laboratory.setting, laboratory.seeds, laboratory.tune_at_usual_scale()
+    setting, seeds, tuned = laboratory.setting, laboratory.seeds, laboratory.tune(SEARCHES_AT_USUAL_SCALE)
     muon, adamw = tuned["muon"].best, tuned["adamw"].best
     common: dict[str, Any] = {"watch_logits": True, "measure_every": interval(setting.steps, 20)}
     arms = {

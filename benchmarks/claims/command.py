@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -13,7 +14,7 @@ from benchmarks.claims.laboratory import Laboratory
 from benchmarks.claims.markdown import listed
 from benchmarks.claims.pool import default_slots
 from benchmarks.claims.run import Outcome
-from benchmarks.claims.setting import GRIDS, MODEL, SEEDS, STEPS, TUNING_SEED, Setting
+from benchmarks.claims.setting import GRIDS, MODEL, SEEDS, STEPS, TUNING_SEEDS, Setting
 from benchmarks.claims.tuning import Tuned
 from examples.moe_lm.demo import environment
 from lightning_muon.checkpoint.atomic import replacing
@@ -31,7 +32,7 @@ def diverged_text(results: Results) -> list[str]:
 
 
 def tuning_as_json(tuned: Mapping[str, Tuned]) -> Results:
-    """The searches, point by point; a diverged run has no loss."""
+    """The searches, point by point, by seed; a diverged run has no loss."""
     return {
         name: {
             "lr": one.best.lr,
@@ -39,8 +40,11 @@ def tuning_as_json(tuned: Mapping[str, Tuned]) -> Results:
             "initializer_range": one.best.initializer_range,
             "is_on_edge": one.is_on_edge,
             "tried": [
-                {**rates._asdict(), "val_loss": None if loss == float("inf") else loss}
-                for rates, loss in one.losses.items()
+                {
+                    **rates._asdict(),
+                    "val_loss": {seed: loss if math.isfinite(loss) else None for seed, loss in by_seed.items()},
+                }
+                for rates, by_seed in one.losses.items()
             ],
         }
         for name, one in tuned.items()
@@ -77,7 +81,14 @@ def main(
     slots = options.devices or default_slots()
     kind = slots[0].split(":")[0]
     laboratory = Laboratory(
-        setting, options.seeds, GRIDS[options.grid], options.max_growths, options.folder / kind, slots, options
+        setting,
+        options.seeds,
+        options.tuning_seeds,
+        GRIDS[options.grid],
+        options.max_growths,
+        options.folder / kind,
+        slots,
+        options,
     )
     found = experiment(laboratory)
     described = {
@@ -85,6 +96,7 @@ def main(
         **environment(),
         "steps": setting.steps,
         "seeds": list(options.seeds),
+        "tuning_seeds": list(options.tuning_seeds),
         **found,
         **_of_all(list(laboratory.outcomes.values())),
     }
@@ -108,6 +120,7 @@ def _parse(
     parser = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=STEPS, help="of a run at full length")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
+    parser.add_argument("--tuning-seeds", type=int, nargs="+", default=list(TUNING_SEEDS), help="never reported")
     parser.add_argument("--grid", choices=tuple(GRIDS), default="full", help="where the search for rates begins")
     parser.add_argument("--max-growths", type=int, default=None, help="end the search after so many, edge or not")
     parser.add_argument("--devices", nargs="+", default=None, help="one for each process, 'cpu' or 'cuda:0'")
@@ -118,10 +131,12 @@ def _parse(
     parser.add_argument("--picture", type=Path, default=None)
     add_options(parser)
     options = parser.parse_args(args)
-    if TUNING_SEED in options.seeds:
-        parser.error(f"--seeds: {TUNING_SEED} is the seed that rates are tuned on, and cannot be reported; name others")
-    if len(set(options.seeds)) < len(options.seeds):
-        parser.error(f"--seeds: {options.seeds} names a seed twice; a seed counts once")
+    if taken := sorted(set(options.tuning_seeds) & set(options.seeds)):
+        seeds_text = listed([str(seed) for seed in taken])
+        parser.error(f"--seeds: rates are tuned on {seeds_text}, which cannot be reported; name others")
+    for name, named in (("--seeds", options.seeds), ("--tuning-seeds", options.tuning_seeds)):
+        if len(set(named)) < len(named):
+            parser.error(f"{name}: {named} names a seed twice; a seed counts once")
     return options
 
 

@@ -18,12 +18,12 @@ from pathlib import Path
 from benchmarks.claims.command import Results, diverged_text, main, tuning_as_json
 from benchmarks.claims.description import Run
 from benchmarks.claims.figure import ADAMW, MUON, frame, panels
-from benchmarks.claims.laboratory import Laboratory, losses_of, without_diverged
+from benchmarks.claims.laboratory import SEARCHES_AT_USUAL_SCALE, Laboratory, losses_of, without_diverged
 from benchmarks.claims.markdown import number, p_value, table, verdict
 from benchmarks.claims.paired import Spread, paired
 from benchmarks.claims.run import Outcome
-from benchmarks.claims.setting import MODEL, TUNING_SEED
-from benchmarks.claims.tuning import Grid, Rates, Tuned, tune
+from benchmarks.claims.setting import MODEL
+from benchmarks.claims.tuning import Grid, Rates, Try, Tuned, tune
 
 NAME = "fine_tuning"
 OPTIMIZERS = ("muon", "adamw")
@@ -39,8 +39,9 @@ _LABELS = {"muon": "Muon", "adamw": "AdamW"}
 
 def experiment(laboratory: Laboratory) -> Results:
     """Trains the checkpoints, tunes the four pairs, and does the runs that are reported."""
-    rates = laboratory.tune_at_usual_scale()
-    seeds = [TUNING_SEED, *laboratory.seeds]
+    rates = laboratory.tune(SEARCHES_AT_USUAL_SCALE)
+    tuning_seed = laboratory.tuning_seeds[0]  # only one: each has two checkpoints to be trained first
+    seeds = [tuning_seed, *laboratory.seeds]
     checkpoints, diverged = without_diverged(
         laboratory.do_arms(
             {
@@ -49,7 +50,7 @@ def experiment(laboratory: Laboratory) -> Results:
             }
         )
     )
-    tuned = _tune(laboratory, checkpoints)
+    tuned = _tune(laboratory, checkpoints, tuning_seed)
     arms = {
         pair: {seed: _fine_tuning(laboratory, pair, found.best, checkpoints, seed) for seed in laboratory.seeds}
         for pair, found in tuned.items()
@@ -64,7 +65,7 @@ def experiment(laboratory: Laboratory) -> Results:
             **{_pair_text(pair): found for pair, found in diverged_pairs.items()},
         },
         "pretrained": {
-            name: {seed: outcome.val_loss for seed, outcome in by_seed.items() if seed != TUNING_SEED}
+            name: {seed: outcome.val_loss for seed, outcome in by_seed.items() if seed != tuning_seed}
             for name, by_seed in checkpoints.items()
         },
         "val_loss": losses,
@@ -111,14 +112,16 @@ def _fine_tuning(
     )
 
 
-def _tune(laboratory: Laboratory, checkpoints: Mapping[str, Mapping[int, Outcome]]) -> dict[str, Tuned]:
+def _tune(
+    laboratory: Laboratory, checkpoints: Mapping[str, Mapping[int, Outcome]], tuning_seed: int
+) -> dict[str, Tuned]:
     grids = {pair: GRIDS[laboratory.options.grid] for pair in PAIRS if pair.split("/")[0] in checkpoints}
 
-    def losses_at(points: Sequence[tuple[str, Rates]]) -> list[float]:
-        runs = [_fine_tuning(laboratory, pair, rates, checkpoints, TUNING_SEED) for pair, rates in points]
+    def losses_of_tries(tries: Sequence[Try]) -> list[float]:
+        runs = [_fine_tuning(laboratory, pair, rates, checkpoints, seed) for pair, rates, seed in tries]
         return [outcome.val_loss for outcome in laboratory.do(runs)]
 
-    return tune(grids, losses_at, laboratory.max_growths)
+    return tune(grids, losses_of_tries, [tuning_seed], laboratory.max_growths)
 
 
 def tables(results: Results) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from benchmarks.claims.description import Run
 from benchmarks.claims.pool import run_all
 from benchmarks.claims.run import Outcome
-from benchmarks.claims.setting import TUNING_SEED, Setting
-from benchmarks.claims.tuning import USUAL_INIT, Grid, Rates, Tuned, tune
+from benchmarks.claims.setting import Setting
+from benchmarks.claims.tuning import USUAL_INIT, Grid, Rates, Try, Tuned, tune
 
 Arms = dict[str, dict[int, Outcome]]
 """Outcomes by arm of an experiment and seed."""
@@ -25,22 +25,30 @@ class Search:
         optimizer: ``"muon"`` or ``"adamw"``.
         share: Of the setting's steps: the length that it is tuned for.
         one_rate: A single learning rate for everything.
+        usual_scale: From the usual initial scale alone.
     """
 
     optimizer: str
     share: float = 1.0
     one_rate: bool = False
+    usual_scale: bool = False
 
     def grid(self, grid: Grid) -> Grid:
         """Where the search begins."""
-        return Grid(grid.lrs, (None,), grid.initializer_ranges) if self.one_rate else grid
+        adamw_lrs = (None,) if self.one_rate else grid.adamw_lrs
+        scales = (USUAL_INIT,) if self.usual_scale else grid.initializer_ranges
+        return Grid(grid.lrs, adamw_lrs, scales)
 
-    def run(self, setting: Setting, rates: Rates) -> Run:
+    def run(self, setting: Setting, rates: Rates, seed: int) -> Run:
         """One try."""
-        return setting.run(self.optimizer, rates, TUNING_SEED, round(self.share * setting.steps))
+        return setting.run(self.optimizer, rates, seed, round(self.share * setting.steps))
 
 
 USUAL_SEARCHES = {"adamw": Search("adamw"), "muon": Search("muon")}
+
+SEARCHES_AT_USUAL_SCALE = {name: replace(search, usual_scale=True) for name, search in USUAL_SEARCHES.items()}
+"""For what compares weights, logits or one optimizer's variants: with scales of their own, the arms would not begin
+with the same weights, and what differs at the end could be the scale."""
 
 
 @dataclass
@@ -50,6 +58,7 @@ class Laboratory:
     Attributes:
         setting: Their length and text.
         seeds: Those that are reported.
+        tuning_seeds: Those that rates are tuned on, see `tune`.
         grid: Where the search for learning rates begins.
         max_growths: How often it may grow; ``None`` as often as it has to.
         folder: Where finished runs are.
@@ -60,6 +69,7 @@ class Laboratory:
 
     setting: Setting
     seeds: Sequence[int]
+    tuning_seeds: Sequence[int]
     grid: Grid
     max_growths: int | None
     folder: Path
@@ -79,22 +89,14 @@ class Laboratory:
         return {arm: {s: self.outcomes[run.key] for s, run in by_seed.items()} for arm, by_seed in arms.items()}
 
     def tune(self, searches: Mapping[str, Search] = USUAL_SEARCHES) -> dict[str, Tuned]:
-        """The best learning rates and initial scale of each search, on a seed of its own."""
+        """The best learning rates and initial scale of each search, on seeds of their own."""
         grids = {name: search.grid(self.grid) for name, search in searches.items()}
 
-        def tried(points: Sequence[tuple[str, Rates]]) -> list[float]:
-            runs = [searches[name].run(self.setting, rates) for name, rates in points]
+        def losses_of(tries: Sequence[Try]) -> list[float]:
+            runs = [searches[name].run(self.setting, rates, seed) for name, rates, seed in tries]
             return [outcome.val_loss for outcome in self.do(runs)]
 
-        return tune(grids, tried, self.max_growths)
-
-    def tune_at_usual_scale(self) -> dict[str, Tuned]:
-        """Of the usual searches the best learning rates at the usual initial scale, for both optimizers.
-
-        For what compares weights, logits or one optimizer's variants: with scales of their own, the arms would not
-        begin with the same weights, and what differs at the end could be the scale.
-        """
-        return {name: one.at(USUAL_INIT) for name, one in self.tune().items()}
+        return tune(grids, losses_of, self.tuning_seeds, self.max_growths)
 
 
 def without_diverged(arms: Arms) -> tuple[Arms, dict[str, list[int]]]:

@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks.claims.command import Results, diverged_text, main, tuning_as_json
 from benchmarks.claims.figure import ADAMW, MUON, THIRD, frame, panels, with_seeds
 from benchmarks.claims.kinds import parameters
-from benchmarks.claims.laboratory import Arms, Laboratory, losses_of, without_diverged
+from benchmarks.claims.laboratory import SEARCHES_AT_USUAL_SCALE, Arms, Laboratory, losses_of, without_diverged
 from benchmarks.claims.markdown import number, table, verdict
 from benchmarks.claims.paired import Spread, paired
 from benchmarks.claims.run import Outcome
@@ -52,7 +52,7 @@ def arm_of(rates: str, target: float) -> str:
 
 def experiment(laboratory: Laboratory) -> Results:
     """All runs of both tables."""
-    setting, seeds, tuned = laboratory.setting, laboratory.seeds, laboratory.tune_at_usual_scale()
+    setting, seeds, tuned = laboratory.setting, laboratory.seeds, laboratory.tune(SEARCHES_AT_USUAL_SCALE)
     arms = {"AdamW": setting.reported("adamw", tuned["adamw"].best, seeds)}
     for rates in RATES:
         for target in TARGETS:

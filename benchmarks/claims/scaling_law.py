@@ -4,7 +4,7 @@
 [--picture docs/pictures/scaling_law.png] [--widths 32 48 64 80 96]``
 
 Models of one kind that grow with their width, tokens in proportion to the active parameters. Both optimizers are tuned
-at the sizes up to ``--tune-up-to`` by the search of `steps_to_loss`, on a seed that is not reported; a larger size
+at the sizes up to ``--tune-up-to`` by the search of `steps_to_loss`, on seeds that are not reported; a larger size
 takes the rates where the trend of the tuned ones leads, log-linear in the width. To each optimizer's runs a power law
 ``L = c · C^-α`` is fitted, as Moonlight does. Compute is counted twice: forward and backward alone, as the paper does,
 and with the orthogonalisation of Muon's step, which for so few tokens per step is no small part of it.
@@ -24,10 +24,9 @@ from benchmarks.claims.figure import ADAMW, MUON, OTHER, THIRD, frame, panels
 from benchmarks.claims.laboratory import Laboratory, losses_of, without_diverged
 from benchmarks.claims.markdown import number, table, verdict
 from benchmarks.claims.paired import Spread
-from benchmarks.claims.setting import TUNING_SEED
 from benchmarks.claims.sizes import PFLOP_S_DAY, active_parameters, compute, geometry, num_steps, optimizer_compute
 from benchmarks.claims.trend import rates_at
-from benchmarks.claims.tuning import Rates, Tuned, tune
+from benchmarks.claims.tuning import Rates, Try, Tuned, tune
 from lightning_muon.scaling.law import PowerLaw, fit_power_law
 
 NAME = "scaling_law"
@@ -89,11 +88,12 @@ def experiment(laboratory: Laboratory) -> Results:
 
 
 def _tune(laboratory: Laboratory, width: int) -> dict[str, Tuned]:
-    def losses_of(points: Sequence[tuple[str, Rates]]) -> list[float]:
-        runs = [_run_of(laboratory, optimizer, width, rates, TUNING_SEED) for optimizer, rates in points]
+    def losses_of_tries(tries: Sequence[Try]) -> list[float]:
+        runs = [_run_of(laboratory, optimizer, width, rates, seed) for optimizer, rates, seed in tries]
         return [outcome.val_loss for outcome in laboratory.do(runs)]
 
-    return tune(dict.fromkeys(OPTIMIZERS, laboratory.grid), losses_of, laboratory.max_growths)
+    grids = dict.fromkeys(OPTIMIZERS, laboratory.grid)
+    return tune(grids, losses_of_tries, laboratory.tuning_seeds, laboratory.max_growths)
 
 
 def _run_of(laboratory: Laboratory, optimizer: str, width: int, rates: Rates, seed: int) -> Run:

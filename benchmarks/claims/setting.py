@@ -32,11 +32,13 @@ MODEL: Mapping[str, Any] = MappingProxyType(
     }
 )
 STEPS = 600
-TUNING_SEED = 100  # not among those that are reported
+TUNING_SEEDS = (100, 101, 102)  # not among those that are reported
 SEEDS = (1, 2, 3, 4, 5)
 GRIDS = {
     # The initial scale of models 2,048 wide and more, and 1/√64: one optimizer may want the one, one the other.
     "full": Grid((2e-3, 4e-3, 8e-3, 1.6e-2), (8e-3, 1.6e-2, 3.2e-2), (USUAL_INIT, 0.125)),
+    # Around what is best at 600 steps, for longer runs.
+    "inner": Grid((4e-3, 8e-3, 1.6e-2), (1.6e-2, 3.2e-2, 6.4e-2), (USUAL_INIT, 0.125)),
     "tiny": Grid((4e-3, 8e-3), (1.6e-2,)),  # to see that everything works
 }
 

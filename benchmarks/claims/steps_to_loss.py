@@ -1,10 +1,10 @@
 """At which share of AdamW's steps Muon reaches AdamW's loss, both tuned.
 
 ``python -m benchmarks.claims.steps_to_loss [--json benchmarks/results/steps_to_loss.json]
-[--picture docs/pictures/steps_to_loss.png]``
+[--picture docs/pictures/steps_to_loss.png] [--shares 0.4 0.5 0.55 0.6 0.65 0.7 0.8]``
 
 Both optimizers are tuned over the same grid of two learning rates (of the matrices, of the rest) and two initial
-scales, on a seed that is not reported; a grid grows until its best rates are inside. AdamW is tuned at full length,
+scales, on seeds that are not reported; a grid grows until its best rates are inside. AdamW is tuned at full length,
 Muon at the share of it that is claimed, and again at full length. Then AdamW runs at full length and Muon at that and
 at shares of it, each to the end of a schedule of its own, from the same weights (but for their scale) and over the same
 windows of text for each seed. All of Muon's shares take the rates that were best at the claimed one.
@@ -14,6 +14,7 @@ AdamW with one learning rate for everything, tuned as well, is what a naive comp
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,9 +26,10 @@ from benchmarks.claims.figure import ADAMW, MUON, OTHER, frame, panels, with_see
 from benchmarks.claims.laboratory import USUAL_SEARCHES, Laboratory, Search, losses_of, without_diverged
 from benchmarks.claims.markdown import number, p_value, table, verdict
 from benchmarks.claims.paired import Spread, paired
+from benchmarks.claims.tuning import Rates
 
 NAME = "steps_to_loss"
-SHARES = (0.4, 0.45, 0.5, 0.55, 0.6)
+SHARES = (0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8)
 CLAIMED_SHARE = 0.6
 
 SEARCHES = {
@@ -43,7 +45,8 @@ def experiment(laboratory: Laboratory) -> Results:
     """Tunes, and does the runs that are reported."""
     tuned = laboratory.tune(SEARCHES)
     setting, seeds, short = laboratory.setting, laboratory.seeds, tuned["muon_short"].best
-    steps = {share: round(share * setting.steps) for share in SHARES}
+    shares = sorted({*laboratory.options.shares, CLAIMED_SHARE})
+    steps = {share: round(share * setting.steps) for share in shares}
     arms = {
         "adamw": setting.reported("adamw", tuned["adamw"].best, seeds),
         "adamw_one_rate": {s: setting.run("adamw", tuned["adamw_one_rate"].best, s) for s in seeds},
@@ -53,8 +56,9 @@ def experiment(laboratory: Laboratory) -> Results:
     done = laboratory.do_arms(arms)
     whole, diverged = without_diverged(done)
     losses = losses_of(done)
-    muon = {**{share: losses[str(share)] for share in SHARES}, 1.0: losses["muon"]}
+    muon = {**{share: losses[str(share)] for share in shares}, 1.0: losses["muon"]}
     return {
+        "shares": shares,
         "tuning": tuning_as_json(tuned),
         "diverged": diverged,
         "val_loss": losses_of(whole),
@@ -117,7 +121,7 @@ def tables(results: Results) -> str:
         ("AdamW, one rate", full, "adamw_one_rate", results.get("one_rate_against_adamw")),
         *(
             (f"Muon, {100 * s:.0f} %", round(s * full), "muon" if s == 1 else str(s), against.get(str(s)))
-            for s in sorted((*SHARES, 1.0), reverse=True)
+            for s in reversed((*results["shares"], 1.0))
         ),
     ]
     rows = [_row(name, steps, losses.get(arm), seeds, difference) for name, steps, arm, difference in arms]
@@ -194,17 +198,23 @@ def findings(results: Results) -> list[str]:
 
 
 def _luck(results: Results) -> list[str]:
-    """How much of the tuned losses was the tuning seed's luck: the best of many on one seed looks better than it is."""
+    """How much of the tuned losses was the tuning seeds' luck: the best of many looks better than it is."""
     arms = {"adamw": ("adamw", "AdamW's"), "muon_short": (str(CLAIMED_SHARE), "Muon's shorter one")}
     said = []
     for name, (arm, label) in arms.items():
-        losses = [one["val_loss"] for one in results["tuning"][name]["tried"] if one["val_loss"] is not None]
-        if losses and arm in results["val_loss"]:
+        tuned = results["tuning"][name]
+        first = [loss for one in tuned["tried"] if (loss := next(iter(one["val_loss"].values()))) is not None]
+        best = [one for one in tuned["tried"] if all(one[key] == tuned[key] for key in Rates._fields)]
+        if best and arm in results["val_loss"]:
+            on_all = Spread.of(list(best[0]["val_loss"].values()))
             mean = Spread.of(list(results["val_loss"][arm].values())).mean
-            said.append(f"{label} {number(min(losses))} there and {number(mean)} on the reported seeds")
+            said.append(
+                f"{label} lowest was {number(min(first))} on the first, what was chosen has {number(on_all.mean)} on"
+                f" all and {number(mean)} on the reported ones"
+            )
     if not said:
         return []
-    return [f"- The best of a search on one seed is partly that seed's luck: {'; '.join(said)}."]
+    return [f"- The best of a search is partly the luck of the seeds that it was searched on: {'; '.join(said)}."]
 
 
 def _ratio_text(ratio: Mapping[str, Any], seeds: int) -> str:
@@ -222,7 +232,7 @@ def _ratio_text(ratio: Mapping[str, Any], seeds: int) -> str:
 def draw(results: Results, path: Path) -> None:
     """Muon's loss over the share of the steps, against AdamW's two."""
     losses, seeds = results["val_loss"], [str(seed) for seed in results["seeds"]]
-    arms = {share: "muon" if share == 1 else str(share) for share in (*SHARES, 1.0)}
+    arms = {share: "muon" if share == 1 else str(share) for share in (*results["shares"], 1.0)}
     shown = {100 * share: losses[arm] for share, arm in arms.items() if arm in losses}
     with panels(path, 1, width=7) as (axes,):
         if shown:
@@ -243,5 +253,10 @@ def draw(results: Results, path: Path) -> None:
         axes.legend(frameon=False)
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What this experiment takes beside the others' options."""
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help=f"below 1; {CLAIMED_SHARE} is added")
+
+
 if __name__ == "__main__":
-    main(__doc__, NAME, experiment, tables, draw)
+    main(__doc__, NAME, experiment, tables, draw, add_options=add_options)

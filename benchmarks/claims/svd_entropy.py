@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.claims.command import Results, diverged_text, main, tuning_as_json
 from benchmarks.claims.figure import ADAMW, MUON, frame, panels
 from benchmarks.claims.kinds import KINDS, by_kind, matrices
-from benchmarks.claims.laboratory import Laboratory, without_diverged
+from benchmarks.claims.laboratory import SEARCHES_AT_USUAL_SCALE, Laboratory, without_diverged
 from benchmarks.claims.markdown import number, table, verdict
 
 NAME = "svd_entropy"
@@ -39,7 +39,7 @@ Entropies = Mapping[str, Mapping[str, float]]  # by seed and matrix
 
 def experiment(laboratory: Laboratory) -> Results:
     """The tuned runs, and the entropies at their ends."""
-    tuned = laboratory.tune_at_usual_scale()
+    tuned = laboratory.tune(SEARCHES_AT_USUAL_SCALE)
     runs = {one: laboratory.setting.reported(one, tuned[one].best, laboratory.seeds) for one in ("muon", "adamw")}
     outcomes, diverged = without_diverged(laboratory.do_arms(runs))
     entropies = {

@@ -1,4 +1,8 @@
-"""Two learning rates and the initial scale by a full grid, which grows until the best rates are not on its edge."""
+"""Two learning rates and the initial scale by a full grid, which grows until the best rates are not on its edge.
+
+The best of many on one seed is in part that seed's luck, and the more were tried the more so. What is best on the first
+seed is therefore repeated on others, and the best of these finalists is the one with the lowest mean.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,11 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import NamedTuple
 
 USUAL_INIT = 0.02  # of DeepSeek-V3
+FINALISTS = 4
 
 
 class Rates(NamedTuple):
@@ -65,68 +71,85 @@ def _grown(values: tuple[float | None, ...] | tuple[float, ...], best: float | N
     return (*lower, *known, *higher)
 
 
+class Try(NamedTuple):
+    """A run of a search.
+
+    Attributes:
+        search: Its name.
+        rates: What is tried.
+        seed: The seed.
+    """
+
+    search: str
+    rates: Rates
+    seed: int
+
+
+Losses = dict[Rates, dict[int, float]]
+"""Losses by rates and seed, infinite where training diverged."""
+
+
 @dataclass(frozen=True)
 class Tuned:
     """What a search has found.
 
     Attributes:
-        best: What had the lowest loss.
-        losses: Of everything that was tried; infinite where training diverged.
+        best: The finalist with the lowest mean loss.
+        losses: Of everything that was tried: of finalists on all seeds, of the others on the first one.
         is_on_edge: The search was ended before the best rates were inside.
     """
 
     best: Rates
-    losses: dict[Rates, float]
+    losses: Losses
     is_on_edge: bool
-
-    def at(self, initializer_range: float) -> Tuned:
-        """What the same search has found at one initial scale, from the runs that there are.
-
-        A search grows around its best rates at any scale: at this one the best may be on the edge, which is said.
-
-        Raises:
-            ValueError: The scale was not searched, or all runs at it diverged.
-        """
-        losses = {rates: loss for rates, loss in self.losses.items() if rates.initializer_range == initializer_range}
-        if not losses:
-            raise ValueError(f"Tuned.at: no run began at the scale {initializer_range:g}; the grid must have it")
-        best = _best(f"scale {initializer_range:g}", losses)
-        lrs, others = {rates.lr for rates in losses}, {rates.adamw_lr for rates in losses if rates.adamw_lr is not None}
-        ends = [(min(one), max(one)) for one in (lrs, others) if one]
-        is_on_edge = any(rate in end for rate, end in zip((best.lr, best.adamw_lr), ends, strict=False))
-        return Tuned(best, losses, is_on_edge)
 
 
 def tune(
     grids: Mapping[str, Grid],
-    losses_of: Callable[[Sequence[tuple[str, Rates]]], Sequence[float]],
+    losses_of: Callable[[Sequence[Try]], Sequence[float]],
+    seeds: Sequence[int],
     max_growths: int | None = None,
 ) -> dict[str, Tuned]:
     """Searches several grids by the same rule, in rounds, so that all their runs can be done at once.
 
+    A round tries a grid's new points on the first seed, the `FINALISTS` lowest of all so far on the other seeds too,
+    and lets the grid grow around the finalist with the lowest mean.
+
     Args:
         grids: Where each search begins, by its name.
-        losses_of: The losses of pairs of a search's name and rates; what was asked for before is not asked for again.
-        max_growths: Rounds after the first; ``None`` goes on until every search's best pair is inside its grid.
+        losses_of: Does runs and returns their losses; what was asked for before is not asked for again.
+        seeds: One or more.
+        max_growths: Rounds after the first; ``None`` goes on until every search's best rates are inside its grid.
 
     Raises:
-        ValueError: All of a search's runs diverged.
+        ValueError: All of a search's finalists diverged.
     """
-    losses: dict[str, dict[Rates, float]] = {name: {} for name in grids}
+    losses: dict[str, Losses] = {name: {} for name in grids}
     current, growths = dict(grids), 0
+
+    def run(tries: Sequence[Try]) -> None:
+        new = [one for one in tries if one.seed not in losses[one.search].get(one.rates, {})]
+        for one, loss in zip(new, losses_of(new), strict=True):
+            losses[one.search].setdefault(one.rates, {})[one.seed] = loss
+
     while True:
-        new = [(name, point) for name, grid in current.items() for point in grid.points() if point not in losses[name]]
-        for (name, point), loss in zip(new, losses_of(new), strict=True):
-            losses[name][point] = loss
-        best = {name: _best(name, found) for name, found in losses.items()}
+        run([Try(name, point, seeds[0]) for name, grid in current.items() for point in grid.points()])
+        run([Try(name, one, s) for name in grids for one in _finalists(losses[name], seeds[0]) for s in seeds[1:]])
+        best = {name: _best(name, found, seeds) for name, found in losses.items()}
         grown = {name: grid.around(best[name]) for name, grid in current.items()}
         if grown == current or growths == max_growths:
             return {name: Tuned(best[name], losses[name], grown[name] != current[name]) for name in grids}
         current, growths = grown, growths + 1
 
 
-def _best(name: str, losses: Mapping[Rates, float]) -> Rates:
-    best = min(losses, key=lambda point: losses[point])
-    if not math.isfinite(losses[best]):
+def _finalists(losses: Losses, seed: int) -> list[Rates]:
+    finite = [rates for rates, by_seed in losses.items() if math.isfinite(by_seed[seed])]
+    return sorted(finite, key=lambda rates: losses[rates][seed])[:FINALISTS]
+
+
+def _best(name: str, losses: Losses, seeds: Sequence[int]) -> Rates:
+    means = {rates: fmean(by_seed.values()) for rates, by_seed in losses.items() if len(by_seed) == len(seeds)}
+    best = min(means, key=lambda rates: means[rates], default=None)
+    if best is None or not math.isfinite(means[best]):
         raise ValueError(f"tune: every run of {name!r} diverged: {[point.text() for point in losses]}")
     return best

@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.claims.command import Results, diverged_text, main, tuning_as_json
 from benchmarks.claims.figure import ADAMW, MUON, frame, panels, with_seeds
 from benchmarks.claims.kinds import parameters
-from benchmarks.claims.laboratory import Laboratory, losses_of, without_diverged
+from benchmarks.claims.laboratory import SEARCHES_AT_USUAL_SCALE, Laboratory, losses_of, without_diverged
 from benchmarks.claims.markdown import number, p_value, table, verdict
 from benchmarks.claims.paired import Spread, paired
 from benchmarks.claims.run import Outcome
@@ -36,7 +36,7 @@ Curve = list[tuple[int, float]]  # step, value
 def experiment(laboratory: Laboratory) -> Results:
     """With and without decay, short and long."""
     setting, seeds = laboratory.setting, laboratory.seeds
-    tuned = laboratory.tune_at_usual_scale()
+    tuned = laboratory.tune(SEARCHES_AT_USUAL_SCALE)
     rates, long = tuned["muon"].best, LONG * setting.steps
     measured: dict[str, Any] = {"measure": ("weights",)}
     often = {length: interval(steps, 10) for length, steps in (("short", setting.steps), ("long", long))}

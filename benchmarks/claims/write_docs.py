@@ -29,6 +29,7 @@ from benchmarks.claims.markdown import listed
 _MODULES = (steps_to_loss, scaling_law, scale_rule, weight_decay, svd_entropy, attention_logits, fine_tuning)
 EXPERIMENTS: dict[str, Callable[[Results], str]] = {
     **{module.NAME: module.tables for module in _MODULES},
+    "steps_to_loss_longer": steps_to_loss.tables,
     momentum_spectra.NAME: momentum_spectra.tables,
 }
 ROOT = Path(__file__).parents[2]
@@ -70,6 +71,7 @@ def _block(name: str, tables: Callable[[Results], str], path: Path, picture: Pat
 def described(results: Results) -> str:
     """What the runs were: lengths, seeds, learning rates, hardware, versions and commits."""
     seeds = listed([str(seed) for seed in results["seeds"]])
+    tuning_seeds = listed([str(seed) for seed in results["tuning_seeds"]])
     rates = [f"{_NAMES.get(name, name)} {_rates(one)}" for name, one in results["tuning"].items()]
     edge = [_NAMES.get(name, name) for name, one in results["tuning"].items() if one["is_on_edge"]]
     device = listed([results["cpu"] if one == "cpu" else one for one in results["devices_of_runs"]])
@@ -77,8 +79,8 @@ def described(results: Results) -> str:
     minutes, several = results["seconds_of_runs"] / 60, len(results["seeds"]) > 1
     return (
         f"{len(results['runs'])} runs, {minutes:,.0f} minutes of one process each, added up; {results['steps']} steps"
-        f" at full length; seed{'s' if several else ''} {seeds}. Tuned on another seed, each with the learning"
-        f" rate of the matrices, that of the rest, and the initial scale: {'; '.join(rates)}."
+        f" at full length; seed{'s' if several else ''} {seeds}. Tuned on {tuning_seeds}, each with the learning rate"
+        f" of the matrices, that of the rest, and the initial scale: {'; '.join(rates)}."
         + (f" Best on the edge of the grid: {listed(edge)}." if edge else "")
         + f" {device}, Python {results['python']}, torch {results['torch']}, Lightning {results['lightning']},"
         f" commit {commits}."

@@ -9,7 +9,7 @@ from tests.claims.conftest import ROOT
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    common = ["--steps", "10", "--grid", "tiny", "--max-growths", "0", "--val-windows", "16"]
+    common = ["--steps", "10", "--grid", "tiny", "--max-growths", "0", "--val-windows", "16", "--tuning-seeds", "100"]
     common += ["--files", str(ROOT / "docs"), "--devices", "cpu", "cpu", "--folder", str(folder / "runs")]
     seeds = {"scale_rule": ["1"], "weight_decay": ["1"], "svd_entropy": ["1", "2"], "attention_logits": ["1"]}
     for one in (svd_entropy, scale_rule, weight_decay, attention_logits):

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.claims.description import Run
 from benchmarks.claims.laboratory import Laboratory
 from benchmarks.claims.run import Outcome
-from benchmarks.claims.setting import GRIDS, TUNING_SEED, Setting
+from benchmarks.claims.setting import GRIDS, TUNING_SEEDS, Setting
 from benchmarks.claims.tuning import USUAL_INIT
 
 SEEDS = (1, 2, 3)
@@ -49,7 +49,7 @@ class Recorded(Laboratory):
         self, loss_of: Callable[[Run], float] = loss, grid: str = "full", steps: int = 600, **options: Any
     ) -> None:
         described = argparse.Namespace(grid=grid, **options)
-        super().__init__(Setting(steps), SEEDS, GRIDS[grid], None, Path("nowhere"), ["cpu"], described)
+        super().__init__(Setting(steps), SEEDS, TUNING_SEEDS, GRIDS[grid], None, Path("nowhere"), ["cpu"], described)
         self.loss_of = loss_of
         self.asked: list[Run] = []
 
@@ -73,12 +73,12 @@ class Recorded(Laboratory):
     @property
     def tuning(self) -> list[Run]:
         """Those of the search."""
-        return [run for run in self.asked if run.seed == TUNING_SEED]
+        return [run for run in self.asked if run.seed in TUNING_SEEDS]
 
     @property
     def reported(self) -> list[Run]:
         """The others."""
-        return [run for run in self.asked if run.seed != TUNING_SEED]
+        return [run for run in self.asked if run.seed not in TUNING_SEEDS]
 
 
 def _measured(run: Run) -> dict[str, list[tuple[int, float]]]:

@@ -36,7 +36,20 @@ def test_run_begins_with_the_checkpoint_and_learns_answers(tmp_path: Path, conve
 
 
 def test_whole_way(tmp_path: Path, conversations: Path) -> None:
-    arguments = ["--steps", "8", "--seeds", "1", "--grid", "tiny", "--max-growths", "0", "--val-windows", "4"]
+    arguments = [
+        "--steps",
+        "8",
+        "--tuning-seeds",
+        "100",
+        "--seeds",
+        "1",
+        "--grid",
+        "tiny",
+        "--max-growths",
+        "0",
+        "--val-windows",
+        "4",
+    ]
     arguments += ["--files", str(conversations), "--folder", str(tmp_path / "runs"), "--devices", "cpu", "cpu"]
     results = fine_tuning.run([*arguments, "--picture", str(tmp_path / "pairs.png")])
     assert set(results["val_loss"]) == {"muon/muon", "muon/adamw", "adamw/muon", "adamw/adamw"}

@@ -20,18 +20,18 @@ from benchmarks.claims import (
     weight_decay,
 )
 from benchmarks.claims.description import Run
-from benchmarks.claims.setting import GRIDS
-from benchmarks.claims.tuning import USUAL_INIT
+from benchmarks.claims.setting import GRIDS, TUNING_SEEDS
+from benchmarks.claims.tuning import FINALISTS, USUAL_INIT
 from tests.claims.recorded import BEST_ADAMW_LR, BEST_LR, SEEDS, WIDE_INIT, Recorded, loss
 
 EXPERIMENTS = (steps_to_loss, scaling_law, scale_rule, weight_decay, svd_entropy, attention_logits, fine_tuning)
 AT_USUAL_SCALE = (scale_rule, weight_decay, svd_entropy, attention_logits)
-LADDER = {"widths": (32, 64, 96), "tune_up_to": 64}
+OPTIONS = {"widths": (32, 64, 96), "tune_up_to": 64, "shares": steps_to_loss.SHARES}
 
 
 def done(experiment: ModuleType, loss_of: Callable[[Run], float] = loss, **options: object) -> tuple[Recorded, dict]:
     """An experiment, and its results as they come out of the file."""
-    laboratory = Recorded(loss_of, **{**LADDER, **options})
+    laboratory = Recorded(loss_of, **{**OPTIONS, **options})
     found = {"steps": laboratory.setting.steps, "seeds": list(SEEDS), **experiment.experiment(laboratory)}
     return laboratory, json.loads(json.dumps(found, allow_nan=False))
 
@@ -58,7 +58,21 @@ def test_both_optimizers_search_the_same_grid(experiment: ModuleType) -> None:
             for run in laboratory.tuning
             if run.optimizer == optimizer and run.adamw_lr is not None
         }
-        assert set(product(grid.lrs, grid.adamw_lrs, grid.initializer_ranges)) <= tried
+        scales = (USUAL_INIT,) if experiment in (*AT_USUAL_SCALE, fine_tuning) else grid.initializer_ranges
+        assert set(product(grid.lrs, grid.adamw_lrs, scales)) <= tried
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda one: one.NAME)
+def test_best_rates_of_both_optimizers_were_tried_on_every_tuning_seed(experiment: ModuleType) -> None:
+    _, found = done(experiment)
+    for name, tuned in found["tuning"].items():
+        chosen = [
+            one
+            for one in tuned["tried"]
+            if all(one[key] == tuned[key] for key in ("lr", "adamw_lr", "initializer_range"))
+        ]
+        assert [set(one["val_loss"]) for one in chosen] == [{str(seed) for seed in TUNING_SEEDS}], name
+        assert sum(len(one["val_loss"]) == len(TUNING_SEEDS) for one in tuned["tried"]) >= FINALISTS
 
 
 @pytest.mark.parametrize("experiment", AT_USUAL_SCALE, ids=lambda one: one.NAME)
@@ -84,7 +98,7 @@ def test_steps_to_loss() -> None:
     laboratory, _ = done(steps_to_loss)
     assert {(run.optimizer, run.steps) for run in laboratory.tuning} == {("muon", 600), ("muon", 360), ("adamw", 600)}
     reported = {(run.optimizer, run.steps, run.adamw_lr is None) for run in laboratory.reported}
-    shares = {("muon", steps, False) for steps in (240, 270, 300, 330, 360, 600)}
+    shares = {("muon", steps, False) for steps in (240, 300, 330, 360, 390, 420, 480, 600)}
     assert reported == shares | {("adamw", 600, False), ("adamw", 600, True)}
     for run in laboratory.reported:
         assert (run.lr, run.model["initializer_range"]) == (BEST_LR[run.optimizer, WIDE_INIT], WIDE_INIT)
@@ -97,7 +111,7 @@ def test_shorter_runs_have_the_rates_of_the_claimed_share_and_the_full_one_its_o
 
     laboratory, _ = done(steps_to_loss, shorter_wants_more)
     rates = {run.steps: run.lr for run in laboratory.reported if run.optimizer == "muon"}
-    assert rates == {240: 1.6e-2, 270: 1.6e-2, 300: 1.6e-2, 330: 1.6e-2, 360: 1.6e-2, 600: 8e-3}
+    assert rates == {**dict.fromkeys((240, 300, 330, 360, 390, 420, 480), 1.6e-2), 600: 8e-3}
 
 
 def test_scaling_law() -> None:
@@ -163,7 +177,7 @@ def fine_tuning_loss(run: Run) -> float:
 def test_fine_tuning() -> None:
     laboratory, found = done(fine_tuning, fine_tuning_loss)
     pretraining = [run for run in laboratory.asked if run.keep_checkpoint]
-    assert {run.seed for run in pretraining} == {100, *SEEDS}
+    assert {run.seed for run in pretraining} == {TUNING_SEEDS[0], *SEEDS}
     assert {(run.optimizer, run.lr, run.model["initializer_range"], run.steps) for run in pretraining} == {
         (name, BEST_LR[name, USUAL_INIT], USUAL_INIT, 1200) for name in ("muon", "adamw")
     }
@@ -176,7 +190,7 @@ def test_fine_tuning() -> None:
     for run in tuned:
         assert (run.lr, run.adamw_lr) == {"muon": (2e-3, 4e-3), "adamw": (4e-3, 2e-3)}[run.optimizer]
         assert keys[str(run.start_from)].seed == run.seed
-    assert all(keys[str(run.start_from)].seed == 100 for run in laboratory.tuning if run.start_from)
+    assert all(keys[str(run.start_from)].seed == TUNING_SEEDS[0] for run in laboratory.tuning if run.start_from)
     assert {keys[str(run.start_from)].optimizer for run in tuned} == {"muon", "adamw"}
     assert not any(one["is_on_edge"] for one in found["fine_tuning_rates"].values())
 
@@ -196,7 +210,9 @@ def test_reported_run_that_diverges_leaves_something_to_report(experiment: Modul
     assert "training diverged with seed 2; left out." in text
 
 
-@pytest.mark.parametrize(("seeds", "said"), [("1 100", "100 is the seed that rates are tuned on"), ("1 2 1", "twice")])
+@pytest.mark.parametrize(
+    ("seeds", "said"), [("1 101 100", "rates are tuned on 100 and 101, which cannot be reported"), ("1 2 1", "twice")]
+)
 def test_seeds_that_cannot_be_reported_are_refused(seeds: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         fine_tuning.run(["--seeds", *seeds.split()])

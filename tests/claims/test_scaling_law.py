@@ -165,7 +165,21 @@ def test_size_that_diverged_is_said_and_every_size_is_not_seen(tmp_path: Path) -
 
 
 def test_whole_way(tmp_path: Path) -> None:
-    arguments = ["--steps", "6", "--seeds", "1", "2", "--grid", "tiny", "--max-growths", "0", "--val-windows", "4"]
+    arguments = [
+        "--steps",
+        "6",
+        "--tuning-seeds",
+        "100",
+        "--seeds",
+        "1",
+        "2",
+        "--grid",
+        "tiny",
+        "--max-growths",
+        "0",
+        "--val-windows",
+        "4",
+    ]
     arguments += ["--widths", "32", "48", "64", "--tune-up-to", "32", "--files", str(ROOT / "docs" / "fsdp.md")]
     arguments += ["--folder", str(tmp_path / "runs"), "--devices", "cpu", "--picture", str(tmp_path / "law.png")]
     results = scaling_law.run(arguments)
