@@ -111,6 +111,26 @@ def _ratios(muon: Mapping[float, Losses], target: Losses) -> dict[str, Any]:
     }
 
 
+def headline(results: Results) -> str:
+    """The claim alone, in Markdown, for who reads one table."""
+    losses, against, steps = results["val_loss"], results.get("against_adamw", {}), results["steps"]
+    arms = [("AdamW", steps, "adamw", None)] + [
+        (f"Muon, {100 * share:.0f} % of the steps", round(share * steps), arm, against.get(str(share)))
+        for share, arm in ((CLAIMED_SHARE, str(CLAIMED_SHARE)), (1.0, "muon"))
+    ]
+    rows = []
+    for name, length, arm, difference in arms:
+        loss = Spread.of(list(losses[arm].values())).text() if arm in losses else "diverged"
+        compared = ["", ""]
+        if difference is not None:
+            compared = [
+                number(difference["mean"], sign=True),
+                f"{difference['seeds_below']} of {len(results['seeds'])}",
+            ]
+        rows.append([name, f"{length:,}", loss, *compared])
+    return table(["", "steps", "loss at the end, nats per byte", "minus AdamW's", "seeds below"], rows)
+
+
 def tables(results: Results) -> str:
     """The results in Markdown."""
     losses, tuning, seeds = results["val_loss"], results["tuning"], [str(seed) for seed in results["seeds"]]

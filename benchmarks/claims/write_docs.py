@@ -1,7 +1,8 @@
-"""Writes the results into the page that explains them: ``python -m benchmarks.claims.write_docs``.
+"""Writes the results into the page that explains them, and the first into the README:
+``python -m benchmarks.claims.write_docs``.
 
-What stands between ``<!-- results of NAME -->`` and ``<!-- end of NAME -->`` in the page is made from ``NAME.json``,
-and from nothing else; the rest of the page is left alone. ``--results``, ``--page`` and ``--out`` are for trials.
+What stands between ``<!-- results of NAME -->`` and ``<!-- end of NAME -->`` in a page is made from ``NAME.json``,
+and from nothing else; the rest of the page is left alone.
 """
 
 from __future__ import annotations
@@ -34,10 +35,12 @@ EXPERIMENTS: dict[str, Callable[[Results], str]] = {
 }
 ROOT = Path(__file__).parents[2]
 PAGE, RESULTS, PICTURES = ROOT / "docs" / "evidence.md", ROOT / "benchmarks" / "results", ROOT / "docs" / "pictures"
+README, IN_README = ROOT / "README.md", "steps_to_loss"
+_NOTHING = "There are no results here yet."
 
 
 def written(page: str, results: Path, pictures: Path = PICTURES) -> str:
-    """The page with what the results say.
+    """The page of all experiments with what the results say.
 
     Args:
         page: The page as it is.
@@ -48,18 +51,30 @@ def written(page: str, results: Path, pictures: Path = PICTURES) -> str:
         ValueError: An experiment has no place in the page.
     """
     for name, tables in EXPERIMENTS.items():
-        place = re.compile(rf"(<!-- results of {name} -->\n).*?(<!-- end of {name} -->)", flags=re.DOTALL)
-        found = place.search(page)
-        if found is None:
-            raise ValueError(f"the page has no place for {name}: <!-- results of {name} --> and <!-- end of {name} -->")
-        block = _block(name, tables, results / f"{name}.json", pictures / f"{name}.png")
-        page = f"{page[: found.start()]}{found[1]}\n{block}\n\n{found[2]}{page[found.end() :]}"
+        page = _filled(page, name, _block(name, tables, results / f"{name}.json", pictures / f"{name}.png"))
     return page
+
+
+def written_readme(page: str, results: Path) -> str:
+    """The README with the claim that leads it.
+
+    Raises:
+        ValueError: It has no place for it.
+    """
+    path = results / f"{IN_README}.json"
+    return _filled(page, IN_README, steps_to_loss.headline(json.loads(path.read_text())) if path.exists() else _NOTHING)
+
+
+def _filled(page: str, name: str, block: str) -> str:
+    found = re.search(rf"(<!-- results of {name} -->\n).*?(<!-- end of {name} -->)", page, flags=re.DOTALL)
+    if found is None:
+        raise ValueError(f"the page has no place for {name}: <!-- results of {name} --> and <!-- end of {name} -->")
+    return f"{page[: found.start()]}{found[1]}\n{block}\n\n{found[2]}{page[found.end() :]}"
 
 
 def _block(name: str, tables: Callable[[Results], str], path: Path, picture: Path) -> str:
     if not path.exists():
-        return "There are no results here yet."
+        return _NOTHING
     results: Results = json.loads(path.read_text())
     what = momentum_spectra.described if name == momentum_spectra.NAME else described
     parts = [what(results), tables(results)]
@@ -104,12 +119,15 @@ def main(args: list[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--pictures", type=Path, default=PICTURES)
-    parser.add_argument("--out", type=Path, default=None, help="by default the page itself")
+    parser.add_argument("--out", type=Path, default=None, help="a folder for trials; by default the pages themselves")
     options = parser.parse_args(args)
-    text = written(options.page.read_text(), options.results, options.pictures)
-    (options.out or options.page).write_text(text)
+    texts = {
+        PAGE: written(PAGE.read_text(), options.results, options.pictures),
+        README: written_readme(README.read_text(), options.results),
+    }
+    for path, text in texts.items():
+        (path if options.out is None else options.out / path.name).write_text(text)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.claims import write_docs
 from benchmarks.claims.setting import MODEL
-from benchmarks.claims.write_docs import EXPERIMENTS, PAGE, RESULTS, written
+from benchmarks.claims.write_docs import EXPERIMENTS, PAGE, README, RESULTS, written, written_readme
 from tests.claims.conftest import ROOT
 
 SMALLER = ["scale_rule", "weight_decay", "svd_entropy", "attention_logits"]  # the others have tests of their own
@@ -78,18 +78,25 @@ def test_page_is_made_from_the_results(folder: Path) -> None:
     assert written(text, RESULTS) == written(page, RESULTS)  # nothing of it stays behind
 
 
-def test_committed_page_says_what_the_committed_results_say() -> None:
+def test_committed_pages_say_what_the_committed_results_say() -> None:
     assert written(PAGE.read_text(), RESULTS) == PAGE.read_text(), "run python -m benchmarks.claims.write_docs"
+    assert written_readme(README.read_text(), RESULTS) == README.read_text(), (
+        "run python -m benchmarks.claims.write_docs"
+    )
 
 
 def test_page_without_a_place_is_an_error() -> None:
     with pytest.raises(ValueError, match="no place for steps_to_loss"):
         written("nothing", RESULTS)
+    with pytest.raises(ValueError, match="no place for steps_to_loss"):
+        written_readme("nothing", RESULTS)
 
 
-def test_command_writes_another_page(folder: Path) -> None:
-    arguments = ["--results", str(folder), "--pictures", str(folder / "pictures"), "--out", str(folder / "page.md")]
-    before = PAGE.read_text()
-    write_docs.main(arguments)
-    assert (folder / "page.md").read_text() == written(before, folder, folder / "pictures")
-    assert PAGE.read_text() == before
+def test_command_writes_other_pages(folder: Path) -> None:
+    pictures, out = folder / "pictures", folder / "pages"
+    out.mkdir()
+    before = [PAGE.read_text(), README.read_text()]
+    write_docs.main(["--results", str(folder), "--pictures", str(pictures), "--out", str(out)])
+    assert (out / "evidence.md").read_text() == written(before[0], folder, pictures)
+    assert (out / "README.md").read_text() == written_readme(before[1], folder)
+    assert [PAGE.read_text(), README.read_text()] == before

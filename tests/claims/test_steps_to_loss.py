@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.claims import steps_to_loss
-from benchmarks.claims.steps_to_loss import findings, summarize, tables
+from benchmarks.claims.steps_to_loss import findings, headline, summarize, tables
 from tests.claims.conftest import ROOT
 
 ADAMW = {1: 1.50, 2: 1.52, 3: 1.54}
@@ -113,6 +113,20 @@ def test_table_has_every_loss() -> None:
     text = tables(results({1: 1.491, 2: 1.512, 3: 1.503}))
     assert "| Muon, 60 % | 360 | 1.491 | 1.512 | 1.503 | 1.502 ± 0.011 | -0.018 | 3 of 3 |" in text
     assert "| AdamW | 600 | 1.500 | 1.520 | 1.540 | 1.520 ± 0.020 |  |  |  |" in text
+
+
+def test_headline_has_the_claim_alone() -> None:
+    text = headline(results({1: 1.491, 2: 1.512, 3: 1.503}))
+    assert text.splitlines()[2:] == [
+        "| AdamW | 600 | 1.520 ± 0.020 |  |  |",
+        "| Muon, 60 % of the steps | 360 | 1.502 ± 0.011 | -0.018 | 3 of 3 |",
+        "| Muon, 100 % of the steps | 600 | 1.400 ± 0.000 | -0.120 | 3 of 3 |",
+    ]
+    text = headline(results(dict.fromkeys(ADAMW, 1.45), {1: 1.5, 2: math.inf, 3: 1.5}))
+    assert text.splitlines()[2:4] == [
+        "| AdamW | 600 | diverged |  |  |",
+        "| Muon, 60 % of the steps | 360 | 1.450 ± 0.000 |  |  |",
+    ]
 
 
 def test_whole_command(tmp_path: Path) -> None:
