@@ -43,4 +43,9 @@ if __name__ == "__main__":
         L.Trainer(max_steps=3, **options, **quiet).fit(CheckedModule())
     else:
         fabric = L.Fabric(**options)
-        fabric.launch(fabric_main) if strategy.endswith("spawn") else (fabric.launch(), fabric_main(fabric))
+        if strategy.endswith("spawn"):
+            fabric.launch(fabric_main)
+        else:
+            if api == "fabric":  # `fabric run` has launched already, and Fabric refuses to do it again
+                fabric.launch()
+            fabric_main(fabric)

@@ -1,4 +1,4 @@
-"""As users start it: Lightning's own launchers, and torchrun."""
+"""As users start it: Lightning's own launchers, torchrun, ``fabric run``, and the variables of a SLURM task."""
 
 import os
 import socket
@@ -18,14 +18,12 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def launch(command, **environment):
-    env = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "MASTER_PORT": str(free_port()),
-        **environment,
-    }
+def with_variables(**variables):
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port()), **variables}
+
+
+def launch(command):
+    env = with_variables()
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -42,3 +40,37 @@ def test_torchrun():
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     out = launch([*command, str(SCRIPT), "trainer", "muon_zero1"])
     assert out.count("replicas agree on 2 processes") == 1
+
+
+def test_fabric_run():
+    command = [sys.executable, "-m", "lightning.fabric.cli", "--accelerator=cpu", "--devices=2"]
+    out = launch([*command, str(SCRIPT), "fabric_run", "muon_zero1"])
+    assert out.count("replicas agree on 2 processes") == 1
+
+
+def test_tasks_of_slurm():
+    job = {
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_NNODES": "1",
+        "SLURM_NODEID": "0",
+        "SLURM_NODELIST": "127.0.0.1",
+        "SLURM_JOB_ID": "17",
+        "SLURM_JOB_NAME": "train",
+    }
+    env = with_variables(**job)
+    command = [sys.executable, str(SCRIPT), "trainer", "muon_zero1"]
+    tasks = [
+        subprocess.Popen(
+            command, env={**env, "SLURM_PROCID": rank, "SLURM_LOCALID": rank}, stdout=subprocess.PIPE, text=True
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        outs = [task.communicate(timeout=240)[0] for task in tasks]
+    finally:
+        for task in tasks:
+            task.kill()
+            task.wait()
+    assert [task.returncode for task in tasks] == [0, 0]
+    assert "".join(outs).count("replicas agree on 2 processes") == 1
