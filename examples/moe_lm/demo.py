@@ -1,6 +1,6 @@
 """``make demo``: trains the small model on two CPU processes, draws what happened and prints a summary.
 
-``python -m examples.moe_lm.demo [--optimizer adamw] [--seed 1] [--max-steps 600] [--devices 2] [--json PATH]``
+``python -m examples.moe_lm.demo [--optimizer adamw] [--seed 1] [--max-steps 900] [--devices 2] [--json PATH]``
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--adamw-lr", type=float, default=None, help="of the rest, with --lr; by default the same")
     parser.add_argument("--strategy", default="muon_zero1", help="muon_zero1, or ddp to compare")
     parser.add_argument("--devices", type=int, default=2, help="CPU processes")
-    parser.add_argument("--max-steps", type=int, default=600, help="optimizer steps")
+    parser.add_argument("--max-steps", type=int, default=900, help="optimizer steps")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for logs, pictures, checkpoints")
     parser.add_argument("--json", type=Path, default=None, help="also write the figures here")
@@ -138,7 +138,7 @@ def train(options: argparse.Namespace) -> tuple[L.Trainer, MoELM, TextDataModule
     data = TextDataModule(
         seq_len=SEQ_LEN,
         batch_size=BATCH_SIZE,
-        train_windows=options.max_steps * BATCH_SIZE,  # one epoch; 600 steps see an eighth of the text
+        train_windows=options.max_steps * BATCH_SIZE,  # one epoch; 900 steps see a fifth of the text
         window_seed=options.seed,
     )
     lr, adamw_lr = (options.lr, options.adamw_lr) if options.lr else LEARNING_RATES[options.optimizer]

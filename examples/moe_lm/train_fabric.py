@@ -35,7 +35,7 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
     parser.add_argument("--lr", type=float, default=8e-3, help="of the matrices")
     parser.add_argument("--adamw-lr", type=float, default=1.6e-2, help="of embedding, head and norms")
-    parser.add_argument("--max-steps", type=int, default=600, help="optimizer steps")
+    parser.add_argument("--max-steps", type=int, default=900, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=16, help="windows per batch, over all ranks")
     parser.add_argument("--accumulate", type=int, default=1, help="batches per optimizer step")
     parser.add_argument("--val-every", type=int, default=100, help="optimizer steps between validations")
