@@ -1,7 +1,7 @@
 """Two learning rates and the initial scale by a full grid, which grows until the best rates are not on its edge.
 
-The best of many on one seed is in part that seed's luck, and the more were tried the more so. What is best on the first
-seed is therefore repeated on others, and the best of these finalists is the one with the lowest mean.
+The best of many on one seed is in part that seed's luck, and the more were tried the more so. What is nearly the best
+on the first seed is therefore repeated on others, and the best of these finalists is the one with the lowest mean.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from statistics import fmean
 from typing import NamedTuple
 
 USUAL_INIT = 0.02  # of DeepSeek-V3
-FINALISTS = 4
+FINALISTS = 4  # at least
+MARGIN = 0.03  # nats: what one seed may hide, about twice the spread of the same rates from seed to seed
 
 
 class Rates(NamedTuple):
@@ -112,8 +113,9 @@ def tune(
 ) -> dict[str, Tuned]:
     """Searches several grids by the same rule, in rounds, so that all their runs can be done at once.
 
-    A round tries a grid's new points on the first seed, the `FINALISTS` lowest of all so far on the other seeds too,
-    and lets the grid grow around the finalist with the lowest mean.
+    A round tries a grid's new points on the first seed; the finalists of all so far, those within `MARGIN` of the
+    lowest and `FINALISTS` at least, on the other seeds too; and lets the grid grow around the finalist with the
+    lowest mean.
 
     Args:
         grids: Where each search begins, by its name.
@@ -143,8 +145,12 @@ def tune(
 
 
 def _finalists(losses: Losses, seed: int) -> list[Rates]:
-    finite = [rates for rates, by_seed in losses.items() if math.isfinite(by_seed[seed])]
-    return sorted(finite, key=lambda rates: losses[rates][seed])[:FINALISTS]
+    finite = sorted(
+        (rates for rates, by_seed in losses.items() if math.isfinite(by_seed[seed])), key=lambda one: losses[one][seed]
+    )
+    return [
+        one for i, one in enumerate(finite) if i < FINALISTS or losses[one][seed] <= losses[finite[0]][seed] + MARGIN
+    ]
 
 
 def _best(name: str, losses: Losses, seeds: Sequence[int]) -> Rates:

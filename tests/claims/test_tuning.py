@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from benchmarks.claims.tuning import FINALISTS, Grid, Rates, Try, Tuned
+from benchmarks.claims.tuning import FINALISTS, MARGIN, Grid, Rates, Try, Tuned
 from benchmarks.claims.tuning import tune as tune_on
 
 START = Grid((1.0, 2.0, 4.0, 8.0), (1.0, 2.0, 4.0))
@@ -117,6 +117,27 @@ def test_best_is_that_with_the_lowest_mean_of_the_finalists() -> None:
     assert len(set(first_search)) == len(first_search)
     for rates, by_seed in found.losses.items():
         assert by_seed == {seed: noisy(rates, seed) for seed in by_seed}
+
+
+def test_what_one_seed_cannot_tell_apart_is_repeated_on_the_others() -> None:
+    """Six points within the margin, the best of them the sixth on the first seed; one right above it."""
+    first = [1.0 + MARGIN * step for step in (0, 0.1, 0.2, 0.3, 0.9, 1.0, 1.1)]
+    grid = Grid((1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0), (None,))
+    points = [2.0, 4.0, 8.0, 16.0, 1.0, 32.0, 64.0]
+
+    def losses_of(tries: Sequence[Try]) -> list[float]:
+        return [first[points.index(t.rates.lr)] if t.seed == 1 else 1.0 - (t.rates.lr == 32.0) for t in tries]
+
+    found = tune_on({"muon": grid}, losses_of, [1, 2, 3])["muon"]
+    assert found.best.lr == 32.0
+    assert {rates.lr for rates, by_seed in found.losses.items() if len(by_seed) == 3} == {
+        1.0,
+        2.0,
+        4.0,
+        8.0,
+        16.0,
+        32.0,
+    }
 
 
 def test_grid_grows_around_the_mean_and_not_around_the_luckiest() -> None:
