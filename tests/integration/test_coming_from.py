@@ -56,6 +56,8 @@ OTHERS = {
     "extra_scale_factor=0.2": (3e-4, 0.01, "average", False, matched, YOU),
     "DeepSpeed": (0.02, 0.0, "average", True, original, KELLER),
 }
+# AdamW's learning rate and ε where they are not those of the matrices and 1e-8
+OTHERS_ADAMW = {"KellerJordan/Muon": (3e-4, 1e-10), "DeepSpeed": (3e-4, 1e-10)}
 
 
 def test_every_line_of_the_page_is_tested() -> None:
@@ -92,6 +94,15 @@ def test_iteration_is_the_others(name: str) -> None:
     assert polynomial_sequence(orthogonalization[1]).steps == OTHERS[name][-1]
 
 
+@pytest.mark.parametrize("name", OTHERS)
+def test_adamw_is_the_others(name: str) -> None:
+    optimizer = _optimizer(name, torch.nn.ParameterDict({"vector": torch.nn.Parameter(torch.ones(4))}))
+    (group,) = optimizer.param_groups
+    assert group["algorithm"] == "adamw"
+    assert (group["lr"], group["eps"]) == OTHERS_ADAMW.get(name, (OTHERS[name][0], 1e-8))
+    assert group["betas"] == (0.9, 0.95)
+
+
 def _words(name: str) -> str:
     """The line's first cell; of several with the name, the shortest."""
     return min((words for words in LINES if name in words), key=len)
@@ -106,7 +117,7 @@ def _optimizer(name: str, model: torch.nn.ParameterDict) -> lm.Muon:
     """The call in the page, but with the exact polar factor, and with everything by Muon."""
 
     def exact(model: torch.nn.Module, **arguments: object) -> lm.Muon:
-        rules = [lm.Rule(".*", algorithm="muon")]
+        rules = [lm.Rule(".*", algorithm="muon")]  # passes over vectors
         return lm.Muon(model, **{**arguments, "orthogonalization": "exact"}, rules=rules)
 
     optimizer = eval(_line(name), {"lm": SimpleNamespace(Muon=exact), "model": model})
