@@ -11,14 +11,12 @@ from statistics import median_low
 
 from lightning_muon.advising.advice import Need
 from lightning_muon.advising.places import places
-from lightning_muon.logs import LogError, ModelDescription, Series, find_runs, read_scalars
+from lightning_muon.logs import LogError, ModelDescription, Series, are_one_training, find_runs, read_scalars
 
 __all__ = ["PERCENTS", "Observed", "observe"]
 
 PERCENTS = (10, 25, 50, 75, 90, 95)
 _PREFIX, _STEPS = "muon/momentum_", "muon/ns_steps/"
-# Two runs that agree so well are one run that was logged twice: TensorBoard keeps float32.
-_SAME = 1e-6
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,9 @@ def observe(folder: str | Path, percent: int, include: str | None = None, exclud
     """
     logged = {run: read_scalars(run, (_PREFIX, _STEPS)) for run in find_runs([folder])}
     found = [run for run, scalars in logged.items() if any(key.startswith(f"{_PREFIX}q") for key in scalars)]
-    runs = [run for n, run in enumerate(found) if not any(_same(logged[run], logged[one]) for one in found[:n])]
+    runs = [
+        run for n, run in enumerate(found) if not any(are_one_training(logged[run], logged[one]) for one in found[:n])
+    ]
     if len(runs) != 1:
         raise LogError(
             f"{folder} has no run with {_PREFIX}q{percent}/<parameter>: train with MomentumSpectrumMonitor, which"
@@ -90,14 +90,6 @@ def observe(folder: str | Path, percent: int, include: str | None = None, exclud
     unknown = tuple(name for name in model.parameters if name not in known)
     repeats = tuple(one for one in found if one != run)
     return Observed(run, repeats, model, tuple(sorted(seen)), tuple(needs), unknown)
-
-
-def _same(run: Mapping[str, Series], other: Mapping[str, Series]) -> bool:
-    """Whether two loggers have logged one training."""
-    if {key: list(series) for key, series in run.items()} != {key: list(series) for key, series in other.items()}:
-        return False
-    pairs = ((value, other[key][step]) for key, series in run.items() for step, value in series.items())
-    return all(math.isclose(one, two, rel_tol=_SAME) or (math.isnan(one) and math.isnan(two)) for one, two in pairs)
 
 
 def _steps_taken(scalars: Mapping[str, Series], name: str, window: Iterable[int]) -> tuple[int, int, int] | None:

@@ -2,7 +2,7 @@
 
 from lightning_muon.logs.layers import Layer, layers
 from lightning_muon.logs.model import LogError, MissingDescriptionError, ModelDescription, ParameterDescription
-from lightning_muon.logs.scalars import Series, find_runs, read_scalars
+from lightning_muon.logs.scalars import Series, are_one_training, find_runs, read_scalars
 
 __all__ = [
     "Layer",
@@ -11,6 +11,7 @@ __all__ = [
     "ModelDescription",
     "ParameterDescription",
     "Series",
+    "are_one_training",
     "find_runs",
     "layers",
     "read_scalars",

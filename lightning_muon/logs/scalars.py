@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,12 +13,13 @@ from lightning_muon.logs.model import LogError
 if TYPE_CHECKING:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-__all__ = ["Series", "find_runs", "read_scalars"]
+__all__ = ["Series", "are_one_training", "find_runs", "read_scalars"]
 
 Series = dict[int, float]
 """Value by optimizer step, in ascending order."""
 
 _CSV, _EVENTS = "metrics.csv", "events.out.tfevents.*"
+_SAME = 1e-6  # runs that agree so well are one run that was logged twice: TensorBoard keeps float32
 
 
 def find_runs(folders: Iterable[str | Path]) -> list[Path]:
@@ -61,6 +63,14 @@ def read_scalars(run: Path, prefix: str | tuple[str, ...] = "") -> dict[str, Ser
     if (run / _CSV).is_file():
         _read_csv(run / _CSV, prefix, found)
     return {key: dict(sorted(series.items())) for key, series in sorted(found.items())}
+
+
+def are_one_training(run: Mapping[str, Series], other: Mapping[str, Series]) -> bool:
+    """Whether two loggers have logged one training: the same keys and steps, and values that agree to float32."""
+    if {key: list(series) for key, series in run.items()} != {key: list(series) for key, series in other.items()}:
+        return False
+    pairs = ((value, other[key][step]) for key, series in run.items() for step, value in series.items())
+    return all(math.isclose(one, two, rel_tol=_SAME) or (math.isnan(one) and math.isnan(two)) for one, two in pairs)
 
 
 def _read_events(run: Path, prefix: str | tuple[str, ...], found: dict[str, Series]) -> None:

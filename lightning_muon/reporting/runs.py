@@ -16,6 +16,7 @@ from lightning_muon.logs import (
     MissingDescriptionError,
     ModelDescription,
     Series,
+    are_one_training,
     find_runs,
     read_scalars,
 )
@@ -23,8 +24,6 @@ from lightning_muon.logs.keys import matrix_names, own_keys
 
 __all__ = ["Run", "Runs", "read_runs"]
 
-# Two runs that agree so well are one run that was logged twice: TensorBoard keeps float32.
-_SAME = 1e-6
 _EVENTS_STARTED = re.compile(r"events\.out\.tfevents\.(\d{9,10})\.")
 
 
@@ -119,7 +118,7 @@ def read_runs(folders: Sequence[str | Path], include: str | None = None, exclude
     logged: dict[Path, dict[str, Series]] = {}
     for folder in dict.fromkeys(run for above in folders for run in find_runs([above])):
         scalars = read_scalars(folder)
-        repeated = next((other for other, its in logged.items() if scalars and _same(scalars, its)), None)
+        repeated = next((other for other, its in logged.items() if scalars and are_one_training(scalars, its)), None)
         if repeated is not None:
             found.notes.append(f"{folder} repeats the figures of {repeated}: left out")
         elif scalars:
@@ -147,14 +146,6 @@ def _labels(folders: list[Path]) -> dict[Path, str]:
     if len({part[-1] for part in parts.values()}) == 1 and all(len(part) > 1 for part in parts.values()):
         parts = {folder: part[:-1] for folder, part in parts.items()}  # Lightning's version_0 says nothing then
     return {folder: "/".join(part) for folder, part in parts.items()}
-
-
-def _same(run: Mapping[str, Series], other: Mapping[str, Series]) -> bool:
-    """Whether two loggers have logged one training."""
-    if {key: list(series) for key, series in run.items()} != {key: list(series) for key, series in other.items()}:
-        return False
-    pairs = ((value, other[key][step]) for key, series in run.items() for step, value in series.items())
-    return all(math.isclose(one, two, rel_tol=_SAME) or (math.isnan(one) and math.isnan(two)) for one, two in pairs)
 
 
 def _date(seconds: float) -> str:
