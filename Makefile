@@ -27,6 +27,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
 
 bench: install
 	$(BIN)/python -m benchmarks.optimizer_step
@@ -39,4 +40,4 @@ docs: install
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) runs lightning_logs site dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .nox runs lightning_logs site dist .pytest_cache .mypy_cache .ruff_cache
