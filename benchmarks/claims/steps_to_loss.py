@@ -128,7 +128,10 @@ def headline(results: Results) -> str:
                 f"{difference['seeds_below']} of {len(results['seeds'])}",
             ]
         rows.append([name, f"{length:,}", loss, *compared])
-    return table(["", "steps", "loss at the end, nats per byte", "minus AdamW's", "seeds below"], rows)
+    text = table(["", "steps", "loss at the end, nats per byte", "minus AdamW's", "seeds below"], rows)
+    if "step_ratio" in results:
+        text += "\n\n" + _interpolated(results)
+    return text
 
 
 def tables(results: Results) -> str:
@@ -207,7 +210,7 @@ def findings(results: Results) -> list[str]:
             else f"- The smallest share that was tried from which on Muon is below AdamW in every seed is"
             f" {100 * sure:.0f} %."
         )
-        said.append(f"- By interpolation, Muon is below AdamW's loss from {_ratio_text(results['step_ratio'], seeds)}.")
+        said.append(f"- {_interpolated(results)}")
     if "one_rate_against_adamw" in results:
         said.append(
             f"- The trap: AdamW with one learning rate for everything differs from AdamW with two by"
@@ -235,6 +238,11 @@ def _luck(results: Results) -> list[str]:
     if not said:
         return []
     return [f"- The best of a search is partly the luck of the seeds that it was searched on: {'; '.join(said)}."]
+
+
+def _interpolated(results: Results) -> str:
+    ratio = _ratio_text(results["step_ratio"], len(results["seeds"]))
+    return f"By interpolation, Muon is below AdamW's loss from {ratio}."
 
 
 def _ratio_text(ratio: Mapping[str, Any], seeds: int) -> str:

@@ -35,7 +35,7 @@ EXPERIMENTS: dict[str, Callable[[Results], str]] = {
 }
 ROOT = Path(__file__).parents[2]
 PAGE, RESULTS, PICTURES = ROOT / "docs" / "evidence.md", ROOT / "benchmarks" / "results", ROOT / "docs" / "pictures"
-README, IN_README = ROOT / "README.md", "steps_to_loss"
+README, IN_README = ROOT / "README.md", "steps_to_loss_longer"
 _NOTHING = "There are no results here yet."
 
 

@@ -88,7 +88,7 @@ def test_committed_pages_say_what_the_committed_results_say() -> None:
 def test_page_without_a_place_is_an_error() -> None:
     with pytest.raises(ValueError, match="no place for steps_to_loss"):
         written("nothing", RESULTS)
-    with pytest.raises(ValueError, match="no place for steps_to_loss"):
+    with pytest.raises(ValueError, match="no place for steps_to_loss_longer"):
         written_readme("nothing", RESULTS)
 
 
