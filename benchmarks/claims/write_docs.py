@@ -25,14 +25,15 @@ from benchmarks.claims import (
     weight_decay,
 )
 from benchmarks.claims.command import Results
-from benchmarks.claims.markdown import listed
+from benchmarks.claims.markdown import listed, table
 
-_MODULES = (steps_to_loss, scaling_law, scale_rule, weight_decay, svd_entropy, attention_logits, fine_tuning)
-EXPERIMENTS: dict[str, Callable[[Results], str]] = {
-    **{module.NAME: module.tables for module in _MODULES},
-    "steps_to_loss_longer": steps_to_loss.tables,
-    momentum_spectra.NAME: momentum_spectra.tables,
+_MODULES: dict[str, Any] = {  # in the page's order
+    steps_to_loss.NAME: steps_to_loss,
+    "steps_to_loss_longer": steps_to_loss,
+    **{one.NAME: one for one in (scaling_law, scale_rule, weight_decay, svd_entropy, attention_logits)},
+    **{one.NAME: one for one in (momentum_spectra, fine_tuning)},
 }
+EXPERIMENTS: dict[str, Callable[[Results], str]] = {name: module.tables for name, module in _MODULES.items()}
 ROOT = Path(__file__).parents[2]
 PAGE, RESULTS, PICTURES = ROOT / "docs" / "evidence.md", ROOT / "benchmarks" / "results", ROOT / "docs" / "pictures"
 README, IN_README = ROOT / "README.md", "steps_to_loss_longer"
@@ -52,7 +53,26 @@ def written(page: str, results: Path, pictures: Path = PICTURES) -> str:
     """
     for name, tables in EXPERIMENTS.items():
         page = _filled(page, name, _block(name, tables, results / f"{name}.json", pictures / f"{name}.png"))
-    return page
+    return _filled(page, "all", summary(page, results))
+
+
+def summary(page: str, results: Path) -> str:
+    """Every verdict, each with a link to its section of the page, which is the heading above its results."""
+    rows = []
+    for name, module in _MODULES.items():
+        path = results / f"{name}.json"
+        if not path.exists():
+            continue
+        found: Results = json.loads(path.read_text())
+        heading = re.findall(r"^## (.+)$", page[: page.index(f"<!-- results of {name} -->")], flags=re.MULTILINE)[-1]
+        anchor = re.sub(r"[^\w\s-]", "", heading).lower().replace(" ", "-")
+        of = f", {found['steps']:,} steps" if module is steps_to_loss else ""
+        for line in module.findings(found):
+            said = re.match(r"- (Seen|Not seen)(?:, ([^:]+))?: (.+?)\.(?: (.+?)\.)?(?: |$)", line)
+            if said is not None:
+                claim = said[3] if said[2] is None else f"{said[2]}: {said[3]}"
+                rows.append([said[1].lower(), claim, said[4] or "", f"[{heading}](#{anchor}){of}"])
+    return table(["", "claim, as it is judged here", "", "experiment"], rows) if rows else _NOTHING
 
 
 def written_readme(page: str, results: Path) -> str:

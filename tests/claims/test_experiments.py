@@ -75,6 +75,12 @@ def test_page_is_made_from_the_results(folder: Path) -> None:
         assert EXPERIMENTS[name](json.loads((folder / f"{name}.json").read_text())) in text
         assert f"![{name.replace('_', ' ')}](pictures/{name}.png)" in text
     assert text.count("There are no results here yet.") == len(EXPERIMENTS) - len(SMALLER)
+    in_short = text[: text.index("## How")]
+    verdicts = [line for line in text[text.index("## How") :].splitlines() if line.startswith(("- Seen", "- Not seen"))]
+    assert len(verdicts) >= len(SMALLER)
+    assert in_short.count("| seen |") == sum(line.startswith("- Seen") for line in verdicts)
+    assert in_short.count("| not seen |") == sum(line.startswith("- Not seen") for line in verdicts)
+    assert "[SVD entropy](#svd-entropy)" in in_short
     assert written(text, RESULTS) == written(page, RESULTS)  # nothing of it stays behind
 
 
