@@ -1,6 +1,7 @@
 """The supported range, each in an environment of its own: ``pip install nox``, then ``nox -s wheel oldest newest``.
 
-``make test`` runs the suite on the pinned versions of ``constraints.txt``; here are the ends of what ``pyproject.toml`` allows.
+``make test`` runs the suite on the pinned versions of ``constraints.txt``; here are the ends of what ``pyproject.toml``
+allows.
 """
 
 from __future__ import annotations

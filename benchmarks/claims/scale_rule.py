@@ -219,8 +219,9 @@ def draw(results: Results, path: Path) -> None:
         frame(loss, "update RMS", "validation loss, nats per byte", "how large the update should be")
         loss.legend(frameon=False, fontsize=8)
         weights.set_yscale("log")
+        weights.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
         weights.yaxis.set_major_formatter("{x:g}")
-        weights.yaxis.set_minor_formatter("{x:g}")
+        weights.minorticks_off()
         frame(weights, "update RMS", "MLP weight RMS at the end", "what that does to the weights")
         low, high = CLAIMED_RMS
         updates.axhspan(low, high, color=THIRD, alpha=0.15, linewidth=0, label=f"{low:.2f} to {high:.2f}")
