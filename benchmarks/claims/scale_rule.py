@@ -219,8 +219,7 @@ def draw(results: Results, path: Path) -> None:
         frame(loss, "update RMS", "validation loss, nats per byte", "how large the update should be")
         loss.legend(frameon=False, fontsize=8)
         weights.set_yscale("log")
-        weights.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
-        weights.yaxis.set_major_formatter("{x:g}")
+        weights.set_yticks((0.05, 0.1, 0.2, 0.5), ("0.05", "0.1", "0.2", "0.5"))
         weights.minorticks_off()
         frame(weights, "update RMS", "MLP weight RMS at the end", "what that does to the weights")
         low, high = CLAIMED_RMS
