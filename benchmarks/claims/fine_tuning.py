@@ -23,7 +23,7 @@ from benchmarks.claims.markdown import number, p_value, table, verdict
 from benchmarks.claims.paired import Spread, paired
 from benchmarks.claims.run import Outcome
 from benchmarks.claims.setting import MODEL
-from benchmarks.claims.tuning import Grid, Rates, Try, Tuned, tune
+from benchmarks.claims.tuning import Grid, Rates, Tuned
 
 NAME = "fine_tuning"
 OPTIMIZERS = ("muon", "adamw")
@@ -117,11 +117,10 @@ def _tune(
 ) -> dict[str, Tuned]:
     grids = {pair: GRIDS[laboratory.options.grid] for pair in PAIRS if pair.split("/")[0] in checkpoints}
 
-    def losses_of_tries(tries: Sequence[Try]) -> list[float]:
-        runs = [_fine_tuning(laboratory, pair, rates, checkpoints, seed) for pair, rates, seed in tries]
-        return [outcome.val_loss for outcome in laboratory.do(runs)]
+    def run_of(pair: str, rates: Rates, seed: int) -> Run:
+        return _fine_tuning(laboratory, pair, rates, checkpoints, seed)
 
-    return tune(grids, losses_of_tries, [tuning_seed], laboratory.max_growths)
+    return laboratory.search(grids, run_of, [tuning_seed])
 
 
 def tables(results: Results) -> str:

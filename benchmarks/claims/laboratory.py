@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -91,12 +91,20 @@ class Laboratory:
     def tune(self, searches: Mapping[str, Search] = USUAL_SEARCHES) -> dict[str, Tuned]:
         """The best learning rates and initial scale of each search, on seeds of their own."""
         grids = {name: search.grid(self.grid) for name, search in searches.items()}
+        return self.search(grids, lambda name, rates, seed: searches[name].run(self.setting, rates, seed))
+
+    def search(
+        self,
+        grids: Mapping[str, Grid],
+        run_of: Callable[[str, Rates, int], Run],
+        seeds: Sequence[int] | None = None,
+    ) -> dict[str, Tuned]:
+        """The same for runs of another kind: ``run_of`` makes one of a search's name, rates and seed."""
 
         def losses_of(tries: Sequence[Try]) -> list[float]:
-            runs = [searches[name].run(self.setting, rates, seed) for name, rates, seed in tries]
-            return [outcome.val_loss for outcome in self.do(runs)]
+            return [outcome.val_loss for outcome in self.do(run_of(*one) for one in tries)]
 
-        return tune(grids, losses_of, self.tuning_seeds, self.max_growths)
+        return tune(grids, losses_of, self.tuning_seeds if seeds is None else seeds, self.max_growths)
 
 
 def without_diverged(arms: Arms) -> tuple[Arms, dict[str, list[int]]]:

@@ -26,7 +26,7 @@ from benchmarks.claims.markdown import number, table, verdict
 from benchmarks.claims.paired import Spread
 from benchmarks.claims.sizes import PFLOP_S_DAY, active_parameters, compute, geometry, num_steps, optimizer_compute
 from benchmarks.claims.trend import rates_at
-from benchmarks.claims.tuning import Rates, Try, Tuned, tune
+from benchmarks.claims.tuning import Rates, Tuned
 from lightning_muon.scaling.law import PowerLaw, fit_power_law
 
 NAME = "scaling_law"
@@ -88,12 +88,8 @@ def experiment(laboratory: Laboratory) -> Results:
 
 
 def _tune(laboratory: Laboratory, width: int) -> dict[str, Tuned]:
-    def losses_of_tries(tries: Sequence[Try]) -> list[float]:
-        runs = [_run_of(laboratory, optimizer, width, rates, seed) for optimizer, rates, seed in tries]
-        return [outcome.val_loss for outcome in laboratory.do(runs)]
-
     grids = dict.fromkeys(OPTIMIZERS, laboratory.grid)
-    return tune(grids, losses_of_tries, laboratory.tuning_seeds, laboratory.max_growths)
+    return laboratory.search(grids, lambda name, rates, seed: _run_of(laboratory, name, width, rates, seed))
 
 
 def _run_of(laboratory: Laboratory, optimizer: str, width: int, rates: Rates, seed: int) -> Run:

@@ -283,7 +283,14 @@ def draw(results: Results, path: Path) -> None:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What this experiment takes beside the others' options."""
-    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help=f"below 1; {CLAIMED_SHARE} is added")
+    parser.add_argument("--shares", type=_share, nargs="+", default=SHARES, help=f"below 1; {CLAIMED_SHARE} is added")
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 < share < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share between 0 and 1; all the steps run in any case")
+    return share
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from collections.abc import Callable
@@ -217,3 +218,12 @@ def test_seeds_that_cannot_be_reported_are_refused(seeds: str, said: str, capsys
     with pytest.raises(SystemExit):
         fine_tuning.run(["--seeds", *seeds.split()])
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("share", ["0", "1", "-0.5", "1.2", "half"])
+def test_share_of_the_steps_is_between_none_and_all(share: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    steps_to_loss.add_options(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--shares", share])
+    assert share in capsys.readouterr().err
