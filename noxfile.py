@@ -6,6 +6,7 @@ allows.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -20,10 +21,15 @@ SMOKE = Path(__file__).parent / "tests" / "smoke"
 
 @nox.session
 def wheel(session: nox.Session) -> None:
-    """The wheel alone, in an empty environment and outside the repository: it trains, resumes, plans and has types."""
+    """The wheel alone, in an empty environment and outside the repository: it trains, resumes, plans and has types.
+
+    ``nox -s wheel -- FOLDER`` leaves there what was tried, wheel and sdist.
+    """
+    kept = [Path(one).resolve() for one in session.posargs]
     with tempfile.TemporaryDirectory() as folder:
         session.install("build")
         session.run("python", "-m", "build", "--outdir", folder, ".")
+        distributions = list(Path(folder).iterdir())
         (built,) = Path(folder).glob("*.whl")
         session.install(str(built), "mypy")
         session.cd(folder)
@@ -33,6 +39,10 @@ def wheel(session: nox.Session) -> None:
             session.run("python", "train.py", what)
         session.run("lightning-muon", "plan", "--world-size", "2", "--model", "train.Model")
         session.run("mypy", "--strict", "types_seen.py")
+        for destination in kept:
+            destination.mkdir(parents=True, exist_ok=True)
+            for one in distributions:
+                shutil.copy(one, destination)
 
 
 @nox.session

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -30,6 +30,13 @@ TINY = {
 def tiny_run(optimizer: str = "muon", steps: int = 4, seed: int = 1, **others: object) -> Run:
     fields = {"lr": 1e-2, "adamw_lr": 2e-2, "model": TINY, "batch_size": 4, "seq_len": 16, "val_windows": 4}
     return Run(optimizer, steps=steps, seed=seed, **{"files": (str(ROOT / "docs" / "fsdp.md"),), **fields, **others})
+
+
+def few_steps(steps: int, seeds: Sequence[int], files: Path, folder: Path) -> list[str]:
+    """What an experiment's command is told so that all of its runs take seconds: the smallest search, on one seed."""
+    search = ["--steps", str(steps), "--grid", "tiny", "--max-growths", "0", "--tuning-seeds", "100"]
+    text = ["--val-windows", "4", "--files", str(files)]
+    return [*search, *text, "--seeds", *map(str, seeds), "--folder", str(folder), "--devices", "cpu", "cpu"]
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.claims import fine_tuning
 from benchmarks.claims.run import do
 from benchmarks.claims.train import train
-from tests.claims.conftest import tiny_run
+from tests.claims.conftest import few_steps, tiny_run
 
 
 @pytest.fixture
@@ -36,21 +36,7 @@ def test_run_begins_with_the_checkpoint_and_learns_answers(tmp_path: Path, conve
 
 
 def test_whole_way(tmp_path: Path, conversations: Path) -> None:
-    arguments = [
-        "--steps",
-        "8",
-        "--tuning-seeds",
-        "100",
-        "--seeds",
-        "1",
-        "--grid",
-        "tiny",
-        "--max-growths",
-        "0",
-        "--val-windows",
-        "4",
-    ]
-    arguments += ["--files", str(conversations), "--folder", str(tmp_path / "runs"), "--devices", "cpu", "cpu"]
+    arguments = few_steps(8, [1], conversations, tmp_path / "runs")
     results = fine_tuning.run([*arguments, "--picture", str(tmp_path / "pairs.png")])
     assert set(results["val_loss"]) == {"muon/muon", "muon/adamw", "adamw/muon", "adamw/adamw"}
     before = results["val_loss_before"]

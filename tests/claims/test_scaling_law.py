@@ -16,7 +16,7 @@ from benchmarks.claims.sizes import PFLOP_S_DAY, active_parameters, compute, geo
 from benchmarks.claims.trend import rates_at
 from benchmarks.claims.tuning import Rates
 from lightning_muon.orthogonalize import nominal_sequence, orthogonalization_flops
-from tests.claims.conftest import ROOT
+from tests.claims.conftest import ROOT, few_steps
 
 SIZES = {32: 1e-9, 64: 1e-8, 128: 1e-7, 256: 1e-6}
 
@@ -165,23 +165,8 @@ def test_size_that_diverged_is_said_and_every_size_is_not_seen(tmp_path: Path) -
 
 
 def test_whole_way(tmp_path: Path) -> None:
-    arguments = [
-        "--steps",
-        "6",
-        "--tuning-seeds",
-        "100",
-        "--seeds",
-        "1",
-        "2",
-        "--grid",
-        "tiny",
-        "--max-growths",
-        "0",
-        "--val-windows",
-        "4",
-    ]
-    arguments += ["--widths", "32", "48", "64", "--tune-up-to", "32", "--files", str(ROOT / "docs" / "fsdp.md")]
-    arguments += ["--folder", str(tmp_path / "runs"), "--devices", "cpu", "--picture", str(tmp_path / "law.png")]
+    arguments = few_steps(6, [1, 2], ROOT / "docs" / "fsdp.md", tmp_path / "runs")
+    arguments += ["--widths", "32", "48", "64", "--tune-up-to", "32", "--picture", str(tmp_path / "law.png")]
     results = scaling_law.run(arguments)
     assert [size["is_tuned"] for size in results["sizes"]] == [True, False, False]
     assert set(results["val_loss"]["muon"]) == {"32", "48", "64"}

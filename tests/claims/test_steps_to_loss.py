@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.claims import steps_to_loss
 from benchmarks.claims.steps_to_loss import findings, headline, summarize, tables
-from tests.claims.conftest import ROOT
+from tests.claims.conftest import ROOT, few_steps
 
 ADAMW = {1: 1.50, 2: 1.52, 3: 1.54}
 ONE_RATE = {1: 1.70, 2: 1.72, 3: 1.74}
@@ -133,34 +133,9 @@ def test_headline_has_the_claim_alone() -> None:
 
 def test_whole_command(tmp_path: Path) -> None:
     """Every run of it, on a few steps of the real model; again, nothing is trained."""
-    command = [
-        sys.executable,
-        "-m",
-        steps_to_loss.__name__,
-        "--steps",
-        "20",
-        "--grid",
-        "tiny",
-        "--max-growths",
-        "0",
-        "--shares",
-        "0.5",
-    ]
-    command += [
-        "--tuning-seeds",
-        "100",
-        "--seeds",
-        "1",
-        "2",
-        "--val-windows",
-        "16",
-        "--files",
-        str(ROOT / "docs"),
-        "--devices",
-        "cpu",
-        "cpu",
-    ]
-    command += ["--folder", str(tmp_path / "runs"), "--json", "found.json", "--picture", "pictures/found.png"]
+    command = [sys.executable, "-m", steps_to_loss.__name__, "--shares", "0.5"]
+    command += few_steps(20, [1, 2], ROOT / "docs", tmp_path / "runs")
+    command += ["--json", "found.json", "--picture", "pictures/found.png"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     out = [
         subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout

@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 
 
 def test_whole_windows_are_counted_and_steps_train() -> None:
-    found = throughput.measure(ModelConfig(**TINY), 40, torch.device("cpu"), "fp32", rounds=2)  # type: ignore[arg-type]
+    found = throughput.measure(ModelConfig(**TINY), 40, torch.device("cpu"), "fp32", rounds=2)
     assert found["tokens"] == 2 * TINY["max_seq_len"]
     assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in found["seconds"].values())
     assert set(found["seconds"]) == set(throughput.VARIANTS)

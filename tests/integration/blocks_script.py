@@ -5,14 +5,12 @@ lightning_muon: a block has to import what it uses. Beside ``train.py`` it leave
 """
 
 import atexit
+import importlib
 import os
 import runpy
 import sys
 import traceback
 from pathlib import Path
-
-import lightning  # noqa: F401
-import torch
 
 ARGUMENTS = ["checkpoints"]  # what the script of docs/elastic.md is told
 
@@ -38,7 +36,7 @@ def run(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    importlib.import_module("lightning")
     waiting, running = [Path(one).resolve() for one in sys.argv[1:]], 0
     while waiting or running:
         if waiting and running < 2:

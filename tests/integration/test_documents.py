@@ -1,10 +1,14 @@
 """The README is true: its Python runs, its links lead somewhere, its commands exist and print what it shows."""
 
 import ast
+import contextlib
 import json
+import math
 import os
 import re
 import shlex
+import signal
+import statistics
 import subprocess
 import sys
 import zipfile
@@ -12,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.claims.description import Run
+from examples.moe_lm.demo import LEARNING_RATES
 from lightning_muon.cli import main
 from lightning_muon.orthogonalize import available_sequences, polynomial_sequence
 
@@ -44,7 +50,14 @@ def blocks(tmp_path_factory):
         folders.append(folder)
     script = Path(__file__).with_name("blocks_script.py")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, str(script), *map(str, folders)], env=environment, check=True, timeout=280)
+    command = [sys.executable, str(script), *map(str, folders)]
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        assert process.wait(timeout=280) == 0
+    finally:  # a block that hangs is a grandchild
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     return folders
 
 
@@ -154,3 +167,41 @@ def test_readme_figures_are_the_committed_ones():
     for name, shown in names.items():
         step, state = steps["rows"][name]["median_ms"], steps["state_bytes_of_process_0"][name] / 2**20
         assert f"| {shown} | {step:.0f} ms | {state:.1f} MiB |" in text
+
+
+def results_of(name):
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def test_figures_in_prose_are_the_committed_ones():
+    """Those outside the tables that `write_docs` writes; lines may break anywhere."""
+
+    def page(path):
+        return " ".join((ROOT / path).read_text().split())
+
+    of_demo = results_of("muon_vs_adamw")
+    muon, adamw = (f"{one['val_bpb_mean']:.3f} ± {one['val_bpb_sd']:.3f}" for one in of_demo.values())
+    assert f"{muon} bits per byte by Muon and {adamw} by AdamW" in page("benchmarks/results/README.md")
+    assert {name: (one["lr"], one["adamw_lr"]) for name, one in of_demo.items()} == LEARNING_RATES
+
+    short, long = results_of("steps_to_loss"), results_of("steps_to_loss_longer")
+    short_gain, long_gain = (f"{one['one_rate_against_adamw']['mean']:.3f}" for one in (short, long))
+    assert (
+        f"gained it {short_gain} nats per byte over {short['steps']} steps, and {long_gain} over {long['steps']:,}."
+        in page("docs/troubleshooting.md")
+    )
+    for of_lengths in (short["tuning"], long["tuning"]):
+        assert of_lengths["muon"]["lr"] == 2 * of_lengths["adamw"]["lr"]
+        assert of_lengths["muon"]["adamw_lr"] == 2 * of_lengths["muon"]["lr"]
+
+    of_decay = results_of("weight_decay")
+    with_decay, without = (
+        statistics.mean(by_step[-1][1] for by_step in of_decay["weight_rms"][arm].values())
+        for arm in ("long, decay", "long, none")
+    )
+    rate, weight_decay = of_decay["tuning"]["muon"]["lr"], Run.weight_decay
+    expected = 0.2 * math.sqrt(rate / (2 * weight_decay))
+    text = page("docs/hyper-parameters.md")
+    assert f"rate of {rate}, it is {with_decay:.2f} and not {expected:.2f}, and grows to {without:.2f} without" in text
+    width = of_decay["model"]["hidden_size"]
+    assert f"at width {width} Muon's best rate is twice AdamW's, and the embedding's and the head's twice that" in text
