@@ -171,8 +171,23 @@ def findings(results: Results) -> list[str]:
             f"- {verdict(on_adamw['seeds_above'] == seeds)}: on AdamW's checkpoint Muon is worse than AdamW, in every"
             f" seed (above in {on_adamw['seeds_above']} of {seeds}, mean {number(on_adamw['mean'], sign=True)})."
         )
+    said += _forgetting(results)
     edges = [_pair_text(pair) for pair, one in results["fine_tuning_rates"].items() if one["is_on_edge"]]
     return [*said, f"- The search ended on the edge for {'; '.join(edges)}."] if edges else said
+
+
+def _forgetting(results: Results) -> list[str]:
+    """What plain text costs afterwards, by Muon against AdamW. The papers say nothing on it, so there is no verdict."""
+    said, text = [], results["text_loss"]
+    for trained in OPTIMIZERS:
+        if not {f"{trained}/muon", f"{trained}/adamw"} <= text.keys():
+            continue
+        more = paired(text[f"{trained}/muon"], text[f"{trained}/adamw"])
+        said.append(
+            f"- Plain text afterwards, on {_LABELS[trained]}'s checkpoint: Muon's loss minus AdamW's is"
+            f" {number(more.mean, sign=True)}, above in {more.seeds_above} of {len(more.differences)} seeds."
+        )
+    return said
 
 
 def _pair_text(pair: str) -> str:

@@ -55,14 +55,21 @@ def results(losses: dict[str, list[float]]) -> dict:
     rates = {pair: {"lr": 1e-3, "adamw_lr": 2e-3, "is_on_edge": pair == "muon/adamw"} for pair in losses}
     best = {pair: fine_tuning.paired(by_seed["muon/muon"], by_seed[pair]).asdict() for pair in list(by_seed)[1:]}
     found = {"seeds": [1, 2], "val_loss": by_seed, "muon_against_adamw": compared, "best_against": best}
-    return {**found, "fine_tuning_rates": rates, "diverged": {}}
+    text = {pair: {seed: 2 * loss for seed, loss in losses.items()} for pair, losses in by_seed.items()}
+    return {**found, "text_loss": text, "fine_tuning_rates": rates, "diverged": {}}
 
 
 def test_findings() -> None:
     seen = {"muon/muon": [1.0, 1.1], "muon/adamw": [1.2, 1.3], "adamw/muon": [1.4, 1.5], "adamw/adamw": [1.3, 1.4]}
     said = fine_tuning.findings(results(seen))
     assert [line.split(":")[0] for line in said[:3]] == ["- Seen"] * 3
-    assert said[3] == "- The search ended on the edge for AdamW on Muon's checkpoint."
+    assert said[3] == (
+        "- Plain text afterwards, on Muon's checkpoint: Muon's loss minus AdamW's is -0.400, above in 0 of 2 seeds."
+    )
+    assert said[4] == (
+        "- Plain text afterwards, on AdamW's checkpoint: Muon's loss minus AdamW's is +0.200, above in 2 of 2 seeds."
+    )
+    assert said[5] == "- The search ended on the edge for AdamW on Muon's checkpoint."
     assert "Of 2 seeds it is below AdamW on Muon's checkpoint in 2; Muon on AdamW's checkpoint in 2" in said[0]
     other = {**seen, "muon/muon": [1.0, 1.4], "adamw/muon": [1.0, 1.0]}
     said = fine_tuning.findings(results(other))
@@ -87,4 +94,5 @@ def test_pair_that_diverged_is_said_and_nothing_is_seen_of_it(tmp_path: Path) ->
     assert said[1].startswith("- Not seen: Muon on Muon's checkpoint is better than each other pair")
     assert said[2].startswith("- Seen: Muon is better than AdamW on Muon's checkpoint")
     assert not any("on AdamW's checkpoint Muon is worse" in line for line in said)
+    assert [line for line in said if "Plain text" in line and "AdamW's checkpoint" in line] == []
     fine_tuning.draw(found, tmp_path / "pairs.png")
