@@ -33,7 +33,6 @@ bench: install
 	$(BIN)/python -m benchmarks.optimizer_step
 	$(BIN)/python -m benchmarks.strategies
 	$(BIN)/python -m benchmarks.balance
-	$(BIN)/python -m benchmarks.strong_scaling
 
 docs: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"

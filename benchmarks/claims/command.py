@@ -77,7 +77,8 @@ def main(
         What was, or would be, written.
     """
     options = _parse(documentation, args, seeds, add_options)
-    setting = Setting(options.steps, None if options.files is None else tuple(options.files), options.val_windows)
+    files = None if options.files is None else tuple(options.files)
+    setting = Setting(options.steps, files, options.val_windows, options.batch_size)
     slots = options.devices or default_slots()
     kind = slots[0].split(":")[0]
     laboratory = Laboratory(
@@ -95,6 +96,7 @@ def main(
         "experiment": name,
         **environment(),
         "steps": setting.steps,
+        "tokens_per_step": setting.tokens_per_step,
         "seeds": list(options.seeds),
         "tuning_seeds": list(options.tuning_seeds),
         **found,
@@ -119,6 +121,7 @@ def _parse(
 ) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=STEPS, help="of a run at full length")
+    parser.add_argument("--batch-size", type=int, default=Setting.batch_size, help="windows of 64 tokens per step")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
     parser.add_argument("--tuning-seeds", type=int, nargs="+", default=list(TUNING_SEEDS), help="never reported")
     parser.add_argument("--grid", choices=tuple(GRIDS), default="full", help="where the search for rates begins")

@@ -6,12 +6,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from examples.moe_lm.optim import OptimizerName
 
 ScaleRule = Literal["adjusted", "baseline", "update_norm"]
-Measure = Literal["updates", "weights", "spectra"]
+Measure = Literal["updates", "weights", "spectra", "loss"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Run:
         router_optimizer: ``"muon"`` or ``"adamw"`` for the routers' matrices.
         clip_tau: τ of QK-Clip; ``None`` does not clip.
         watch_logits: Log attention's largest logits, at the steps that are measured.
-        measure: What to measure: updates, weights, spectra of the weights (the monitors of those names).
+        measure: What to measure: updates, weights, spectra of the weights (the monitors of those names), the
+            validation loss.
         measure_every: Steps between two measurements; 0 measures after the last step only. The last one is measured
             if this divides ``steps``.
         start_from: A checkpoint to fine-tune on conversations, see `benchmarks.claims.conversations`; ``files`` are
@@ -78,8 +79,8 @@ class Run:
             raise ValueError(f"Run: steps={self.steps} must be positive and measure_every={self.measure_every} not < 0")
         if self.scale_rule not in ("adjusted", "baseline", "update_norm"):
             raise ValueError(f"Run: scale_rule={self.scale_rule!r} is none of 'adjusted', 'baseline', 'update_norm'")
-        if unknown := set(self.measure) - {"updates", "weights", "spectra"}:
-            raise ValueError(f"Run: measure has {sorted(unknown)}; choose from 'updates', 'weights', 'spectra'")
+        if unknown := set(self.measure) - set(get_args(Measure)):
+            raise ValueError(f"Run: measure has {sorted(unknown)}; choose from {', '.join(get_args(Measure))}")
         if self.optimizer == "adamw" and (self.update_rms, self.scale_rule) != (0.2, "adjusted"):
             raise ValueError("Run: update_rms and scale_rule are Muon's; AdamW has neither")
 

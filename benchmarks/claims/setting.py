@@ -50,22 +50,30 @@ def interval(steps: int, times: int) -> int:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a command may change: the length of the runs and the text, for tests and trials.
+    """What a command may change: the length of the runs, their batch, and the text.
 
     Attributes:
         steps: Of a run at full length.
         files: The text; ``None`` is the standard library.
         val_windows: Windows of validation text.
+        batch_size: Windows per step. Experiments with windows of another length have batches of their own.
     """
 
     steps: int = STEPS
     files: tuple[str, ...] | None = None
     val_windows: int = 256
+    batch_size: int = Run.batch_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of a run with windows of the usual length."""
+        return self.batch_size * Run.seq_len
 
     def run(self, optimizer: str, rates: Rates, seed: int, steps: int | None = None, **others: Any) -> Run:
         """A run of the common model; ``others`` are fields of `Run`."""
         model = {**others.pop("model", MODEL), "initializer_range": rates.initializer_range}
-        fields: dict[str, Any] = {"model": model, "files": self.files, "val_windows": self.val_windows, **others}
+        fields: dict[str, Any] = {"model": model, "files": self.files, "val_windows": self.val_windows}
+        fields |= {"batch_size": self.batch_size, **others}
         return Run(optimizer, rates.lr, rates.adamw_lr, steps or self.steps, seed, **fields)  # type: ignore[arg-type]
 
     def reported(self, optimizer: str, rates: Rates, seeds: Sequence[int]) -> dict[int, Run]:

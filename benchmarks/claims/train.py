@@ -57,16 +57,26 @@ class Kept(Logger):
 
 
 class Losses(Callback):
-    """Keeps every step's training loss on the device, so that nothing waits for it."""
+    """Keeps every step's training loss on the device, so that nothing waits for it, and what validations find.
+
+    Attributes:
+        losses: Of each step.
+        validated: ``(step, loss)`` of each validation.
+    """
 
     def __init__(self) -> None:
         self.losses: list[Tensor] = []
+        self.validated: list[tuple[int, float]] = []
 
     @override
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.losses.append(outputs["loss"].detach())
+
+    @override
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.validated.append((trainer.global_step, float(trainer.callback_metrics["val/loss"])))
 
     def end(self) -> float:
         """The mean over the last tenth of the steps."""
@@ -116,11 +126,13 @@ def train(run: Run, device: str = "cpu", checkpoint: Path | None = None) -> dict
         val_windows=run.val_windows,
     )
     model = ScaledMoELM(run)
+    is_followed = "loss" in run.measure
     kept, losses = Kept(), Losses()
     trainer = L.Trainer(
         max_steps=run.steps,
         max_epochs=1,
         log_every_n_steps=run.interval,
+        val_check_interval=run.interval if is_followed else None,
         logger=kept,
         callbacks=[losses, *_measuring(run)],
         **options,
@@ -136,6 +148,7 @@ def train(run: Run, device: str = "cpu", checkpoint: Path | None = None) -> dict
     val_loss = math.nan if diverged else float(trainer.callback_metrics["val/loss"])
     if not math.isfinite(val_loss):
         diverged = diverged or "the validation loss"
+    measured = {**kept.values, **({"val/loss": losses.validated} if is_followed else {})}
     if checkpoint is not None:
         trainer.save_checkpoint(checkpoint, weights_only=True)
     return {
@@ -144,13 +157,14 @@ def train(run: Run, device: str = "cpu", checkpoint: Path | None = None) -> dict
         "diverged": diverged,
         "seconds": round(time.perf_counter() - start, 1),
         "text_sha256": data.describe()["text_sha256"],
-        "measured": {key: [list(point) for point in points] for key, points in kept.values.items()},
+        "measured": {key: [list(point) for point in points] for key, points in measured.items()},
         **about,
     }
 
 
 def _measuring(run: Run) -> list[Callback]:
-    monitors: list[Callback] = [_MONITORS[name](every_n_steps=run.interval, mode="detailed") for name in run.measure]
+    kinds = [_MONITORS[name] for name in run.measure if name in _MONITORS]
+    monitors: list[Callback] = [kind(every_n_steps=run.interval, mode="detailed") for kind in kinds]
     if run.watch_logits or run.clip_tau is not None:
         tau = math.inf if run.clip_tau is None else run.clip_tau
         clip = lm.QKClip(tau, log_only=run.clip_tau is None, every_n_steps=run.interval, mode="detailed")

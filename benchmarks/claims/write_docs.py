@@ -14,9 +14,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks import strategies
 from benchmarks.claims import (
     attention_logits,
     fine_tuning,
+    loss_curves,
     momentum_spectra,
     scale_rule,
     scaling_law,
@@ -26,17 +28,25 @@ from benchmarks.claims import (
 )
 from benchmarks.claims.command import Results
 from benchmarks.claims.markdown import listed, table
+from benchmarks.claims.setting import Setting
 
 _MODULES: dict[str, Any] = {  # in the page's order
     steps_to_loss.NAME: steps_to_loss,
     "steps_to_loss_longer": steps_to_loss,
+    "steps_to_loss_larger_batch": steps_to_loss,
+    loss_curves.NAME: loss_curves,
     **{one.NAME: one for one in (scaling_law, scale_rule, weight_decay, svd_entropy, attention_logits)},
     **{one.NAME: one for one in (momentum_spectra, fine_tuning)},
 }
 EXPERIMENTS: dict[str, Callable[[Results], str]] = {name: module.tables for name, module in _MODULES.items()}
 ROOT = Path(__file__).parents[2]
 PAGE, RESULTS, PICTURES = ROOT / "docs" / "evidence.md", ROOT / "benchmarks" / "results", ROOT / "docs" / "pictures"
-README, IN_README = ROOT / "README.md", "steps_to_loss_longer"
+README = ROOT / "README.md"
+_IN_README: dict[str, Callable[[Results], str]] = {
+    "steps_to_loss_longer": steps_to_loss.headline,
+    "strategies": strategies.markdown,
+}
+_USUAL_TOKENS = Setting().tokens_per_step
 _NOTHING = "There are no results here yet."
 
 
@@ -66,7 +76,7 @@ def summary(page: str, results: Path) -> str:
         found: Results = json.loads(path.read_text())
         heading = re.findall(r"^## (.+)$", page[: page.index(f"<!-- results of {name} -->")], flags=re.MULTILINE)[-1]
         anchor = re.sub(r"[^\w\s-]", "", heading).lower().replace(" ", "-")
-        of = f", {found['steps']:,} steps" if module is steps_to_loss else ""
+        of = f", {_length(found)}" if module is steps_to_loss else ""
         for line in module.findings(found):
             said = re.match(r"- (Seen|Not seen)(?:, ([^:]+))?: (.+?)\.(?: (.+?)\.)?(?: |$)", line)
             if said is not None:
@@ -76,13 +86,15 @@ def summary(page: str, results: Path) -> str:
 
 
 def written_readme(page: str, results: Path) -> str:
-    """The README with the claim that leads it.
+    """The README with the claim that leads it, and with the strategies' memory and time.
 
     Raises:
-        ValueError: It has no place for it.
+        ValueError: It has no place for them.
     """
-    path = results / f"{IN_README}.json"
-    return _filled(page, IN_README, steps_to_loss.headline(json.loads(path.read_text())) if path.exists() else _NOTHING)
+    for name, block in _IN_README.items():
+        path = results / f"{name}.json"
+        page = _filled(page, name, block(json.loads(path.read_text())) if path.exists() else _NOTHING)
+    return page
 
 
 def _filled(page: str, name: str, block: str) -> str:
@@ -113,13 +125,18 @@ def described(results: Results) -> str:
     commits = listed([f"`{commit[:10]}`" for commit in results["commits_of_runs"]])
     minutes, several = results["seconds_of_runs"] / 60, len(results["seeds"]) > 1
     return (
-        f"{len(results['runs'])} runs, {minutes:,.0f} minutes of one process each, added up; {results['steps']} steps"
+        f"{len(results['runs'])} runs, {minutes:,.0f} minutes of one process each, added up; {_length(results)}"
         f" at full length; seed{'s' if several else ''} {seeds}. Tuned on {tuning_seeds}, each with the learning rate"
         f" of the matrices, that of the rest, and the initial scale: {'; '.join(rates)}."
         + (f" Best on the edge of the grid: {listed(edge)}." if edge else "")
         + f" {device}, Python {results['python']}, torch {results['torch']}, Lightning {results['lightning']},"
         f" commit {commits}."
     )
+
+
+def _length(results: Results) -> str:
+    tokens = results.get("tokens_per_step", _USUAL_TOKENS)  # older results are of these and do not say so
+    return f"{results['steps']:,} steps" + (f" of {tokens:,} tokens" if tokens != _USUAL_TOKENS else "")
 
 
 def _rates(tuned: Mapping[str, Any]) -> str:

@@ -84,7 +84,9 @@ class Recorded(Laboratory):
 def _measured(run: Run) -> dict[str, list[tuple[int, float]]]:
     steps = range(run.interval, run.steps + 1, run.interval)
     families = {"updates": "update_rms", "weights": "weight_rms", "spectra": "weight_svd_entropy"}
-    keys = [f"muon/{families[one]}/{name}" for one in run.measure for name in NAMES]
+    keys = [f"muon/{families[one]}/{name}" for one in run.measure if one in families for name in NAMES]
+    if "loss" in run.measure:
+        keys.append("val/loss")
     if run.watch_logits or run.clip_tau is not None:
         keys += ["attention/max_logit/_max", "attention/max_logit/a.0"]
     if run.clip_tau is not None:

@@ -15,7 +15,7 @@ from benchmarks.claims.setting import MODEL
 from benchmarks.claims.write_docs import EXPERIMENTS, PAGE, README, RESULTS, written, written_readme
 from tests.claims.conftest import ROOT
 
-SMALLER = ["scale_rule", "weight_decay", "svd_entropy", "attention_logits"]  # the others have tests of their own
+SMALLER = ["scale_rule", "weight_decay", "svd_entropy", "attention_logits", "loss_curves"]  # the others have their own
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import pytest
 from benchmarks.claims import (
     attention_logits,
     fine_tuning,
+    loss_curves,
     scale_rule,
     scaling_law,
     steps_to_loss,
@@ -25,7 +26,16 @@ from benchmarks.claims.setting import GRIDS, TUNING_SEEDS
 from benchmarks.claims.tuning import FINALISTS, USUAL_INIT
 from tests.claims.recorded import BEST_ADAMW_LR, BEST_LR, SEEDS, WIDE_INIT, Recorded, loss
 
-EXPERIMENTS = (steps_to_loss, scaling_law, scale_rule, weight_decay, svd_entropy, attention_logits, fine_tuning)
+EXPERIMENTS = (
+    steps_to_loss,
+    loss_curves,
+    scaling_law,
+    scale_rule,
+    weight_decay,
+    svd_entropy,
+    attention_logits,
+    fine_tuning,
+)
 AT_USUAL_SCALE = (scale_rule, weight_decay, svd_entropy, attention_logits)
 OPTIONS = {"widths": (32, 64, 96), "tune_up_to": 64, "shares": steps_to_loss.SHARES}
 

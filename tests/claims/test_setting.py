@@ -2,6 +2,7 @@
 
 import itertools
 
+from benchmarks.claims.description import Run
 from benchmarks.claims.setting import GRIDS, MODEL, SEEDS, TUNING_SEEDS, Setting, interval
 from benchmarks.claims.tuning import Rates
 from examples.moe_lm.config import ModelConfig
@@ -30,10 +31,14 @@ def test_model_is_as_the_page_says() -> None:
     config = ModelConfig(**MODEL)
     assert round(config.num_parameters().total / 1000) == 354
     assert (config.hidden_size, config.num_hidden_layers, config.first_k_dense_replace) == (64, 3, 1)
-    assert (
-        Setting().run("muon", Rates(1e-2, None), 1).batch_size * Setting().run("muon", Rates(1e-2, None), 1).seq_len
-        == 1024
-    )
+    assert Setting().tokens_per_step == 1024
+
+
+def test_batch_is_that_of_every_run_but_of_those_with_one_of_their_own() -> None:
+    setting, rates = Setting(batch_size=64), Rates(1e-2, None)
+    assert setting.run("muon", rates, 1).batch_size * Run.seq_len == setting.tokens_per_step == 4096
+    assert setting.run("muon", rates, 1, batch_size=4).batch_size == 4
+    assert setting.reported("muon", rates, [1])[1].batch_size == 64
 
 
 def test_last_step_is_measured_whatever_the_steps() -> None:

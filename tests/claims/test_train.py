@@ -41,6 +41,13 @@ def test_nothing_is_measured_unasked() -> None:
     assert train(tiny_run())["measured"] == {}
 
 
+def test_validating_on_the_way_changes_nothing() -> None:
+    unseen, seen = train(tiny_run(steps=6)), train(tiny_run(steps=6, measure=("loss",), measure_every=2))
+    assert [step for step, _ in seen["measured"]["val/loss"]] == [2, 4, 6]
+    assert seen["measured"]["val/loss"][-1][1] == seen["val_loss"] == unseen["val_loss"]
+    assert seen["train_loss"] == unseen["train_loss"]
+
+
 def test_the_last_step_alone_is_measured_by_default() -> None:
     measured = train(tiny_run("adamw", measure=("updates",)))["measured"]
     assert {step for points in measured.values() for step, _ in points} == {4}
