@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,7 @@ from torch import Tensor
 
 import lightning_muon as lm
 from benchmarks.momentum import matrices_of, recorded_momentum, train_example
-from examples.moe_lm.demo import environment
+from benchmarks.timing import write
 from lightning_muon.matrices import MatrixKey
 from lightning_muon.orthogonalize import (
     Auto,
@@ -64,7 +63,7 @@ def main() -> None:
         "training": training_table(options.seeds, options.num_steps),
     }
     if options.json is not None:
-        options.json.write_text(json.dumps({**figures, **environment()}, indent=2) + "\n")
+        write(options.json, **figures)
 
 
 def explosion_table(recorded: Recorded) -> list[dict[str, Any]]:

@@ -11,7 +11,6 @@ the spectrum that ``"auto"`` looks at now and then, in times of the iteration.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -23,8 +22,7 @@ from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz
 
 import lightning_muon as lm
-from benchmarks.timing import time_alternating
-from examples.moe_lm.demo import environment
+from benchmarks.timing import time_alternating, write
 from lightning_muon.orthogonalize import default_dtype, polynomial_sequence, relative_singular_values
 from lightning_muon.orthogonalize.dispatch import uses_gram
 
@@ -67,7 +65,7 @@ def main() -> None:
         look = f"spectrum {row['spectrum_over_polar_express5']:.2f}"
         print(f"{'x'.join(map(str, shape)):14}{meaning:38}{row['torch_ms']:>8.1f}ms  {ways}  {look}", flush=True)
     if options.json is not None:
-        options.json.write_text(json.dumps({"rows": rows, **environment()}, indent=2) + "\n")
+        write(options.json, rows=rows)
 
 
 def measure(x: Tensor, rounds: int, seconds: float) -> dict[str, Any]:

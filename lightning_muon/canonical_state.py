@@ -68,7 +68,7 @@ def match(
         raise ValueError(
             "This optimizer state is of another model, or other parameters were trained (some frozen or tied, say)."
             f" Trained now and not in it: {_some(missing)}. In it and not trained now: {_some(unexpected)}."
-            " Build the model as the saved run did, or load the weights alone. Nothing has been changed."
+            " Build the model as the saved run did, or load the weights alone. The optimizer has not been changed."
         )
     groups = []
     for group in param_groups:

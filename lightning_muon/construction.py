@@ -94,7 +94,7 @@ def settle(
             f"This optimizer state was trained with other hyper-parameters: {_some(faults)}. Construct Muon with"
             ' the saved ones, or say which ones count: Muon(..., hyperparameters_on_load="saved") goes on with those of'
             ' the checkpoint, as torch does, and "current" with those given now, but for what a learning-rate scheduler'
-            " restores from the checkpoint itself. Nothing has been changed."
+            " restores from the checkpoint itself. The optimizer has not been changed."
         )
     return kept, settled
 
@@ -113,7 +113,7 @@ def _check_matrices(
         raise ValueError(
             f"This optimizer state was trained with parameters read as other matrices: {_some(faults)}. Give the"
             " split_sizes, num_heads and transposed of the saved run; or, to go on with those given now,"
-            ' Muon(..., hyperparameters_on_load="current"). Nothing has been changed.'
+            ' Muon(..., hyperparameters_on_load="current"). The optimizer has not been changed.'
         )
 
 

@@ -108,6 +108,7 @@ class GlobalBatchLoader(DataLoader[Any]):
             )
         self._share = _Share(num_samples, batch_size, num_replicas, rank, shuffle, seed)
         self._position = (0, 0)  # epoch, batches of it that have been handed out
+        self._resumes_at = (0, 0)  # where `load_state_dict` was told to go on
         self.weight = self._share.size * num_replicas / batch_size
         super().__init__(dataset, self._share.size, sampler=self._share, **kwargs)
 
@@ -115,9 +116,10 @@ class GlobalBatchLoader(DataLoader[Any]):
     def __iter__(self) -> Any:
         # a generator: the Trainer asks for the iterator first and chooses the epoch then, and workers read ahead
         share = self._share
-        epoch, number = self._position
+        epoch, number = self._resumes_at
         if epoch != share.epoch or number == share.num_batches:
             epoch, number = share.epoch, 0
+        self._resumes_at = (0, 0)
         share.start, share.earliest_epoch = number, 0
         for batch in super().__iter__():
             number += 1
@@ -136,22 +138,31 @@ class GlobalBatchLoader(DataLoader[Any]):
     def state_dict(self) -> dict[str, int]:
         """Epoch, and how many of its batches have been handed out: the same on every process."""
         epoch, number = self._position
-        return {"epoch": epoch, "batches": number, "batch_size": self._share.batch_size, "seed": self._share.seed}
+        share = self._share
+        return {
+            "epoch": epoch,
+            "batches": number,
+            "batch_size": share.batch_size,
+            "seed": share.seed,
+            "shuffle": share.shuffle,
+            "num_samples": len(cast(Sized, share.dataset)),
+        }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on after the batches of a ``state_dict``.
 
         Raises:
-            ValueError: It is of a loader with another batch size or seed, whose batches are others.
+            ValueError: It is of a loader with another batch size, seed or order, or over another number of samples,
+                whose batches are others.
         """
         own = self.state_dict()
-        for key in ("batch_size", "seed"):
+        for key in own.keys() & state.keys() - {"epoch", "batches"}:
             if state[key] != own[key]:
                 raise ValueError(
                     f"The checkpoint's batches were made with {key}={state[key]}, and these with {key}={own[key]}: to"
                     " go on in the same order, use the same."
                 )
-        self._position = (state["epoch"], state["batches"])
+        self._position = self._resumes_at = (state["epoch"], state["batches"])
         self._share.earliest_epoch = 0
         self._share.set_epoch(state["epoch"])
         self._share.earliest_epoch = state["epoch"]

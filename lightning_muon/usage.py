@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 
-__all__ = ["UsageError", "add_filters", "pattern"]
+__all__ = ["UsageError", "add_filters", "pattern", "positive"]
 
 
 class UsageError(ValueError):
@@ -25,3 +25,14 @@ def pattern(text: str) -> str:
     except re.error as error:
         raise argparse.ArgumentTypeError(f"expected a regular expression, got {text!r}: {error}") from None
     return text
+
+
+def positive(text: str) -> int:
+    """The type of an argument that is a whole number of 1 or more."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, got {text!r}")
+    return value

@@ -38,6 +38,16 @@ def frame(axes: Axes, x: str, y: str, title: str = "") -> None:
     axes.set_title(title, loc="left", fontsize=10)
 
 
+def log_losses(axes: Axes) -> None:
+    """A logarithmic axis of losses, which are within a decade: plain numbers, and not powers of ten."""
+    from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(MaxNLocator(8))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
 def with_seeds(axes: Axes, x: list[float], by_seed: list[list[float]], **style: Any) -> None:
     """The mean as a line, every seed as a small point."""
     for values in by_seed:

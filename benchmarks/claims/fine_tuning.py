@@ -31,6 +31,7 @@ SEQ_LEN = 256
 PAIRS = tuple(f"{trained}/{optimizer}" for trained in OPTIMIZERS for optimizer in OPTIMIZERS)
 GRIDS = {
     "full": Grid((1e-3, 2e-3, 4e-3), (1e-3, 2e-3, 4e-3)),
+    "inner": Grid((2e-3, 4e-3), (2e-3, 4e-3, 8e-3)),
     "tiny": Grid((1e-3, 2e-3), (2e-3,)),
 }
 BEST = "muon/muon"  # by the claim

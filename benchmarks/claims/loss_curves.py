@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean
 
 from benchmarks.claims.command import Results, diverged_text, main, tuning_as_json
-from benchmarks.claims.figure import ADAMW, MUON, THIRD, frame, panels
+from benchmarks.claims.figure import ADAMW, MUON, THIRD, frame, log_losses, panels
 from benchmarks.claims.laboratory import Laboratory, without_diverged
 from benchmarks.claims.markdown import table
 from benchmarks.claims.paired import Spread
@@ -97,7 +97,7 @@ def draw(results: Results, path: Path) -> None:
             axes.plot(tokens, list(map(fmean, losses)), color=_COLOURS[arm], linewidth=1.8, label=_LABELS[arm])
         title = f"mean of {len(results['seeds'])} seeds; bands from the lowest to the highest"
         frame(axes, "million tokens", "validation loss, nats per byte", title)
-        axes.set_yscale("log")
+        log_losses(axes)
         axes.legend(frameon=False)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.claims.command import Results, diverged_text, main, tuning_as_json
 from benchmarks.claims.compute_ratio import compute_ratios, published_ratio
 from benchmarks.claims.description import Run
-from benchmarks.claims.figure import ADAMW, MUON, OTHER, THIRD, frame, panels
+from benchmarks.claims.figure import ADAMW, MUON, OTHER, THIRD, frame, log_losses, panels
 from benchmarks.claims.laboratory import Laboratory, losses_of, without_diverged
 from benchmarks.claims.markdown import number, table, verdict
 from benchmarks.claims.paired import Spread
@@ -236,7 +236,7 @@ def draw(results: Results, path: Path) -> None:
             line = [law["coefficient"][0] * (c / PFLOP_S_DAY) ** -law["exponent"][0] for c in flop]
             left.plot(flop, line, color=colour, linewidth=1.6, label=f"{label}: α = {law['exponent'][0]:.3f}")
         left.set_xscale("log")
-        left.set_yscale("log")
+        log_losses(left)
         frame(
             left, "the model's compute, FLOP", "validation loss, nats per byte", "every point a run; lines are the laws"
         )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 
 import lightning_muon as lm
-from benchmarks.two_hosts.variants import LR, Task, Training, matrices, others
+from benchmarks.two_hosts.variants import LR, Task, Training, matrices, others, torch_iteration
 from lightning_muon.sharding.fsdp import FSDPOptions
 from lightning_muon.sharding.fsdp.fully_sharded import FullySharded
 
@@ -100,7 +99,7 @@ def _fsdp2_torch_muon_f32(task: Task) -> Training:
     assert update is not None
 
     def update_in_float32() -> None:
-        with _torch_iteration(_float32_iteration):
+        with torch_iteration(_float32_iteration):
             update()
 
     def step() -> None:
@@ -109,16 +108,6 @@ def _fsdp2_torch_muon_f32(task: Task) -> Training:
 
     training.update, training.step = update_in_float32, step
     return training
-
-
-@contextmanager
-def _torch_iteration(function: Callable[..., Tensor]) -> Iterator[None]:
-    usual = torch.optim._muon._zeropower_via_newtonschulz
-    torch.optim._muon._zeropower_via_newtonschulz = function
-    try:
-        yield
-    finally:
-        torch.optim._muon._zeropower_via_newtonschulz = usual
 
 
 def _float32_iteration(grad: Tensor, coefficients: tuple[float, float, float], num_steps: int, eps: float) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,17 @@ from torch.optim import Optimizer
 import lightning_muon as lm
 from lightning_muon.sharding.zero1 import Zero1
 
-__all__ = ["LR", "VARIANTS", "Task", "Training", "matrices", "orthogonalized_by_us", "others", "train_under_ddp"]
+__all__ = [
+    "LR",
+    "VARIANTS",
+    "Task",
+    "Training",
+    "matrices",
+    "orthogonalized_by_us",
+    "others",
+    "torch_iteration",
+    "train_under_ddp",
+]
 
 LR = 1e-4
 
@@ -86,6 +97,17 @@ def orthogonalized_by_us(dtype: torch.dtype) -> Callable[..., Tensor]:
     return orthogonalize
 
 
+@contextmanager
+def torch_iteration(function: Callable[..., Tensor]) -> Iterator[None]:
+    """Within it ``torch.optim.Muon`` orthogonalises by this function."""
+    usual = torch.optim._muon._zeropower_via_newtonschulz
+    torch.optim._muon._zeropower_via_newtonschulz = function
+    try:
+        yield
+    finally:
+        torch.optim._muon._zeropower_via_newtonschulz = usual
+
+
 def train_under_ddp(
     task: Task, make_optimizers: Callable[[nn.Module], Iterable[Optimizer]], zero1: Zero1 | None = None
 ) -> Training:
@@ -134,13 +156,19 @@ def _muon_zero1(task: Task) -> Training:
 
 
 def _ddp_torch_muon(task: Task) -> Training:
-    if task.iteration_dtype is not None:  # it has no option for this
-        torch.optim._muon._zeropower_via_newtonschulz = orthogonalized_by_us(task.iteration_dtype)
-
     def make(module: nn.Module) -> list[Optimizer]:
         return [torch.optim.Muon(matrices(module), lr=LR), torch.optim.AdamW(others(module), lr=LR)]
 
-    return train_under_ddp(task, make)
+    training = train_under_ddp(task, make)
+    if task.iteration_dtype is not None:  # it has no option for this
+        step, iteration = training.step, orthogonalized_by_us(task.iteration_dtype)
+
+        def step_by_our_iteration() -> None:
+            with torch_iteration(iteration):
+                step()
+
+        training.step = step_by_our_iteration
+    return training
 
 
 def _ddp_zero_adamw(task: Task) -> Training:

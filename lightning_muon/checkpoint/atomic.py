@@ -102,10 +102,10 @@ def recover(path: Path) -> None:
     """Undo half a replacement by two renames (see ``_swap``), the work of a process that was killed between them."""
     replaced = _replaced_path(path)
     if os.path.lexists(replaced):
-        if os.path.lexists(path):
-            _remove(replaced)
-        else:
-            with suppress(FileNotFoundError):  # another process does the same
+        with suppress(FileNotFoundError):  # another process does the same
+            if os.path.lexists(path):
+                _remove(replaced)
+            else:
                 os.rename(replaced, path)
 
 

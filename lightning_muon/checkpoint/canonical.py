@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning_muon.checkpoint.atomic import recover
 from lightning_muon.checkpoint.files import load_file
 from lightning_muon.checkpoint.folders import load_whole
 from lightning_muon.checkpoint.named import from_named
@@ -31,6 +32,7 @@ def load_canonical(path: Path, *, weights_only: bool = True) -> dict[str, Any]:
     Raises:
         CheckpointError: It is missing, torn, altered, or unsafe.
     """
+    recover(path)
     if not path.is_dir():
         checkpoint: dict[str, Any] = load_file(path, weights_only=weights_only)
         return checkpoint

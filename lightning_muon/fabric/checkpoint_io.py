@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
@@ -78,6 +78,18 @@ class WholeCheckpoints:
     @checkpoint_io.setter
     def checkpoint_io(self, io: CheckpointIO) -> None:
         self._checkpoint_io = io
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Lightning's own; where process 0 cannot write, all processes raise, and none waits for it."""
+        save = cast(Any, super()).save_checkpoint
+        Processes.of(None).together(lambda: save(*args, **kwargs))
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Lightning's own; where one process cannot read, all raise."""
+        load = cast(Any, super()).load_checkpoint
+        found: list[dict[str, Any]] = []
+        Processes.of(None).together(lambda: found.append(load(*args, **kwargs)))
+        return found[0]
 
 
 def _is_remote(path: _PATH) -> bool:

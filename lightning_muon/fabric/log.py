@@ -88,7 +88,7 @@ def log_optimizer(
     _check_watched(subject, request)
     loggers = fabric_or_logger.loggers if isinstance(fabric_or_logger, Fabric) else [fabric_or_logger]
     if isinstance(subject, Muon) and request.has_spectra and _is_process_0():
-        _describe(subject, loggers)
+        _describe(subject, loggers, step)
     sighting = _sessions.setdefault(subject, Session()).look([subject], [request])
     values = sighting.collection.values
     for text in sighting.warnings:
@@ -102,12 +102,14 @@ def _is_process_0() -> bool:
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
-def _describe(optimizer: Muon, loggers: Sequence[Any]) -> None:
+def _describe(optimizer: Muon, loggers: Sequence[Any], step: int) -> None:
     written = _described.setdefault(optimizer, set())
     for folder in log_folders(loggers):
         if folder not in written:
-            describe_model([optimizer], {}).write(folder)
             written.add(folder)
+            _loggers.attempt(
+                f"The writer of muon_model.json in {folder}", 0, describe_model([optimizer], {}).write, folder
+            )
 
 
 def _check_watched(optimizer: Subject, request: Request) -> None:

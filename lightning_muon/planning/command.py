@@ -17,7 +17,7 @@ from lightning_muon.planning.exposed import Speeds
 from lightning_muon.planning.models import NamedParameters
 from lightning_muon.planning.optimizers import optimizer_of
 from lightning_muon.planning.report import figures, table
-from lightning_muon.usage import UsageError
+from lightning_muon.usage import UsageError, positive
 
 __all__ = ["add_plan"]
 
@@ -62,7 +62,7 @@ def add_plan(subcommands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("--world-size", type=_positive, required=True, metavar="N", help="number of ranks")
+    parser.add_argument("--world-size", type=positive, required=True, metavar="N", help="number of ranks")
     source = parser.add_argument_group("the model")
     source.add_argument("--model", metavar="CLASS", help="import path of a module's class, or of a function")
     source.add_argument("--args", type=_mapping, metavar="JSON", help="its arguments, by name")
@@ -110,7 +110,7 @@ def add_plan(subcommands: Any) -> None:
         help="what a rank can send and, at the same time, receive; between machines, its share of the network"
         " (default: %(default)g)",
     )
-    speeds.add_argument("--tokens-per-rank", type=_positive, metavar="N", help="tokens of a rank in a step")
+    speeds.add_argument("--tokens-per-rank", type=positive, metavar="N", help="tokens of a rank in a step")
     speeds.add_argument(
         "--active-parameters",
         type=_positive_number,
@@ -188,17 +188,13 @@ def _active_parameters(options: argparse.Namespace, optimizer: Muon, everything:
     return sum(param.numel() for param in everything) - sum(param.numel() for param in embeddings)
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {value}")
-    return value
-
-
 def _positive_number(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
     return value
 
 

@@ -68,9 +68,8 @@ QUANTITIES = (
         "Updates",
         "Whether this step's gradient points where the running average does. Near 0, the gradients of different steps"
         " have little in common; below 0 they turn around.",
-        "UpdateRMSMonitor",
-        "signed",
-        (-1, 1),
+        scale="signed",
+        limits=(-1, 1),
         in_tensorboard=True,
     ),
     Quantity(
@@ -79,9 +78,8 @@ QUANTITIES = (
         "Updates",
         "Above 0, the update descends on this step's batch. Muon's is small where few directions have the energy, since"
         " it moves all directions alike.",
-        "UpdateRMSMonitor",
-        "signed",
-        (-1, 1),
+        scale="signed",
+        limits=(-1, 1),
         in_tensorboard=True,
     ),
     Quantity(
@@ -129,7 +127,7 @@ QUANTITIES = (
         "muon/momentum_nuclear_rank",
         "Nuclear rank of the momentum",
         "Momentum",
-        "(⟨update, momentum⟩/‖momentum‖_F)², about (Σσ)²/Σσ²: how many directions share the descent.",
+        "(Σσ)²/Σσ²: how many directions share the descent.",
         scale="log",
     ),
     Quantity(

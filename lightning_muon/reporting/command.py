@@ -10,7 +10,7 @@ from lightning_muon.logs import LogError
 from lightning_muon.reporting.contents import contents
 from lightning_muon.reporting.page import page
 from lightning_muon.reporting.runs import read_runs
-from lightning_muon.usage import UsageError, add_filters, pattern
+from lightning_muon.usage import UsageError, add_filters, pattern, positive
 
 __all__ = ["add_report"]
 
@@ -62,7 +62,7 @@ def add_report(subcommands: Any) -> None:
     )
     parser.add_argument(
         "--max-rows",
-        type=_positive,
+        type=positive,
         default=_MAX_ROWS,
         metavar="N",
         help="layers in a picture; of more, blocks spread over the depth are shown (default: %(default)s)",
@@ -100,13 +100,3 @@ def _plotly_js() -> str:
         raise UsageError("the page's figures need plotly: pip install 'lightning-muon[report]'") from None
     source: str = get_plotlyjs()
     return source
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, got {text!r}")
-    return value

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_muon.muon import Muon
 from lightning_muon.partition import NamedState, Range, WholeMatrices
+from lightning_muon.sharding.agreement import choices
 from lightning_muon.sharding.consolidate import consolidate
 from lightning_muon.sharding.missing import MissingGradients
 from lightning_muon.sharding.publish import WeightPublisher
@@ -59,23 +60,23 @@ class Zero1Partition(WholeMatrices):
         self._names = {param: name for name, param in named}
         self._device = named[0][1].device  # Trainer.fit moves the state to the CPU at its end; NCCL stays where it was
         kinds = [(name, param.dtype, tuple(param.shape)) for name, param in named]
-        policies = {policy: getattr(optimizer, policy) for policy in ("nonfinite", "idle_matrices", "master_weights")}
-        policies |= {"missing_gradients": missing.policy, "gather_bytes": gather_bytes}
-        self._check_equal_on_all_ranks(f"{self.plan.digest()} {kinds} {policies}", policies)
+        chosen = {**choices(optimizer), "missing_gradients": missing.policy, "gather_bytes": gather_bytes}
+        self._check_equal_on_all_ranks(f"{self.plan.digest()} {kinds} {chosen}", chosen)
         slices = {param: self.plan.slices[name] for param, name in self._names.items()}
         self._publisher = WeightPublisher(slices, reducer.group, overlap, gather_bytes, tell)
         self._stages = [[self._names[param] for param in stage] for stage in self._publisher.stages]
         reducer.assign(slices)
 
-    def _check_equal_on_all_ranks(self, facts: str, policies: Mapping[str, object]) -> None:
+    def _check_equal_on_all_ranks(self, facts: str, chosen: Mapping[str, object]) -> None:
         digests: list[str | None] = [None] * self.world_size
         digest = hashlib.sha256(facts.encode()).hexdigest()[:12]
         dist.all_gather_object(digests, digest, group=self.reducer.group)
         if len(set(digests)) > 1:
+            here = ", ".join(f"{key}={value!r}" for key, value in chosen.items())
             raise RuntimeError(
-                "The processes disagree about the parameters (names, shapes, dtypes), who owns them, or a policy (here:"
-                f" {', '.join(f'{key}={value!r}' for key, value in policies.items())}); hashes by rank: {digests}."
-                " Build the model, the optimizer and the strategy in the same way on every rank."
+                "The processes disagree about the parameters (names, shapes, dtypes), who owns them, a policy or an"
+                f" option of a group (here: {here}); hashes by rank: {digests}. Build the model, the optimizer and the"
+                " strategy in the same way on every rank."
             )
 
     def describe(self) -> str:

@@ -184,6 +184,11 @@ def policies_that_disagree():
         Zero1("test").adopt([lm.Muon(nn.Linear(3, 3), nonfinite="raise" if dist.get_rank() else "skip")])
 
 
+def options_of_groups_that_disagree():
+    with pytest.raises(RuntimeError, match=r"an option of a group .*'lr': '0\.[12]'"):
+        Zero1("test").adopt([lm.Muon(nn.Linear(3, 3), lr=0.1 * (1 + dist.get_rank()))])
+
+
 def sharded_pair():
     """Two modules with an optimizer each, under one reducer."""
     zero1, found = Zero1("test"), []
@@ -268,6 +273,7 @@ def already_stepped():
         parameter_without_optimizer,
         ranks_that_disagree,
         policies_that_disagree,
+        options_of_groups_that_disagree,
         already_stepped,
         raw_backward_twice,
         completeness_is_per_module,

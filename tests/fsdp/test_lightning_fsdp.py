@@ -4,7 +4,7 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -16,6 +16,7 @@ from tests.fsdp.test_training_shards import pair
 from tests.integration.test_lightning import assert_close, reference
 from tests.lightning_runs import AwkwardLightningModule, PoolEnvironment, fabric_fit, fit, trainer, weights
 from tests.models import awkward_model, token_batches
+from tests.moving_average import EMAWeightAveraging
 from tests.processes import run_processes
 
 BLOCKS = (nn.Linear, nn.Conv1d)
@@ -267,9 +268,11 @@ def a_parameter_that_nobody_can_initialise():
         from_the_meta_device(AwkwardLightningModule)
 
 
-def moving_average():
-    with pytest.raises(TypeError, match="EMAWeightAveraging"):
-        trainer(1, strategy="muon_fsdp", callbacks=[EMAWeightAveraging()]).fit(AwkwardLightningModule())
+def averages():
+    moving = [] if EMAWeightAveraging is None else [EMAWeightAveraging()]
+    for average in (StochasticWeightAveraging(swa_lrs=1e-2), *moving):
+        with pytest.raises(TypeError, match=type(average).__name__):
+            trainer(1, strategy="muon_fsdp", callbacks=[average]).fit(AwkwardLightningModule())
 
 
 def another_optimizer():
@@ -292,7 +295,7 @@ def an_optimizer_of_nobody():
 
 @pytest.mark.parametrize(
     "check",
-    [forgets_a_part, a_parameter_that_nobody_can_initialise, moving_average, another_optimizer, an_optimizer_of_nobody],
+    [forgets_a_part, a_parameter_that_nobody_can_initialise, averages, another_optimizer, an_optimizer_of_nobody],
 )
 def test_errors(check):
     run_processes(2, check)

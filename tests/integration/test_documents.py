@@ -180,6 +180,25 @@ def test_figures_in_prose_are_the_committed_ones():
         assert of_lengths["muon"]["lr"] == 2 * of_lengths["adamw"]["lr"]
         assert of_lengths["muon"]["adamw_lr"] == 2 * of_lengths["muon"]["lr"]
 
+    of_law = results_of("scaling_law")
+    compute, whole = (
+        "{:.2f} to {:.2f}".format(of_law[key][0]["ratio"], of_law[key][-1]["ratio"])
+        for key in ("compute_ratio", "compute_ratio_with_optimizer")
+    )
+    readme = page("README.md")
+    assert f"over five sizes of such models, Muon needs {compute} of AdamW's compute for the same loss" in readme
+    assert f"is dear, {whole}." in readme
+    assert len(of_law["sizes"]) == 5
+
+    of_machine = results_of("strategies")["by_processes"]
+    one_machine = page("benchmarks/results/README.md")
+    two, eight = (
+        [round(of_machine[n][name]["median_ms"]) for name in ("Muon on every process, DDP", "muon_zero1", "AdamW, DDP")]
+        for n in ("2", "8")
+    )
+    assert f"{two[0]} and {two[1]} ms, where AdamW takes {two[2]}" in one_machine
+    assert f"{eight[0]} and {eight[1]} ms on eight" in one_machine
+
     of_decay = results_of("weight_decay")
     with_decay, without = (
         statistics.mean(by_step[-1][1] for by_step in of_decay["weight_rms"][arm].values())

@@ -5,10 +5,11 @@ import lightning.fabric.plugins.precision as fabric_precision
 import lightning.pytorch.plugins.precision as pl_precision
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 import lightning_muon as lm
-from tests.lightning_runs import AwkwardLightningModule, PoolEnvironment, fit, trainer
+from tests.lightning_runs import AwkwardLightningModule, PoolEnvironment, fabric_fit, fit, trainer
 from tests.processes import run_processes
 
 
@@ -110,6 +111,40 @@ def float16_without_a_scaler():
     model = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match="16-mixed"):
         fabric.setup(model, lm.Muon(model))
+
+
+class BadDisk(lm.MuonCheckpointIO):
+    """Which one process alone finds to be full when it writes, and broken when it reads."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def save_checkpoint(self, *args, **kwargs):
+        if dist.get_rank() == self.rank:
+            raise OSError("no space left on device")
+
+    def load_checkpoint(self, *args, **kwargs):
+        if dist.get_rank() == self.rank:
+            raise OSError("input/output error")
+        return super().load_checkpoint(*args, **kwargs)
+
+
+def disk_that_is_full_for_one(path):
+    for train in (fit, fabric_fit):
+        with pytest.raises(OSError, match="no space left"):
+            train(1, save_to=path, plugins=[PoolEnvironment(), BadDisk(0)])
+
+
+def disk_that_is_broken_for_one(path):
+    for train in (fit, fabric_fit):
+        train(1, save_to=path)
+        with pytest.raises(OSError, match="input/output error"):
+            train(2, resume_from=path, plugins=[PoolEnvironment(), BadDisk(1)])
+
+
+@pytest.mark.parametrize("check", [disk_that_is_full_for_one, disk_that_is_broken_for_one])
+def test_no_process_waits_for_one_whose_disk_fails(check, tmp_path):
+    run_processes(2, check, str(tmp_path / "last.ckpt"))
 
 
 @pytest.mark.parametrize(

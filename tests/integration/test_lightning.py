@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 
 import lightning_muon as lm
 from tests.lightning_runs import GLOBAL_BATCH, AwkwardLightningModule, fabric_fit, fit, trainer, weights
 from tests.models import awkward_model, token_batches
+from tests.moving_average import EMAWeightAveraging, needs_moving_average
 from tests.processes import run_processes
 
 WORLD_SIZES = [1, 2, 3, 4]
@@ -194,6 +195,7 @@ def test_own_clipping_hook_clips_the_whole_gradient():
     assert_close(run_processes(2, _custom_clipping)[0][0], expected)
 
 
+@needs_moving_average
 def test_moving_average_of_weights_is_that_of_one_process():
     results = run_processes(2, _averaged)
     model, average = torch.nn.ModuleDict({"model": awkward_model()}), None

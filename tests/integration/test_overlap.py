@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 import lightning_muon as lm
 from lightning_muon.sharding.in_flight import InFlight
 from tests.lightning_runs import AwkwardLightningModule, trainer, weights
+from tests.moving_average import EMAWeightAveraging
 from tests.processes import run_processes
 
 STEPS = 200
@@ -45,11 +46,11 @@ class KeepValidation(Callback):
 def fit(overlap, folder):
     module, in_flight, validation = Quiet(), CountInFlight(), KeepValidation()
     checkpoints = ModelCheckpoint(folder, every_n_train_steps=13, save_top_k=-1, filename="{step}")
-    average = EMAWeightAveraging(decay=0.9, update_every_n_steps=5)
+    averages = [] if EMAWeightAveraging is None else [EMAWeightAveraging(decay=0.9, update_every_n_steps=5)]
     run = trainer(
         STEPS,
         strategy=lm.MuonZero1Strategy(overlap=overlap, gather_mb=0.0005),
-        callbacks=[in_flight, validation, checkpoints, average],
+        callbacks=[in_flight, validation, checkpoints, *averages],
         enable_checkpointing=True,
         limit_val_batches=1,
         val_check_interval=7,

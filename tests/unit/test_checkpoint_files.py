@@ -143,6 +143,19 @@ def test_half_a_replacement_is_undone(tmp_path, monkeypatch):
     assert text_of(path) == "old"
 
 
+def test_another_process_may_have_repaired_it(tmp_path, monkeypatch):
+    path = tmp_path / "last.ckpt"
+    for half in (path, path.with_name(f".{path.name}.replaced")):
+        fill(half, True, "old")
+
+    def was_faster(replaced):
+        raise FileNotFoundError(replaced)
+
+    monkeypatch.setattr(atomic, "_remove", was_faster)
+    atomic.recover(path)
+    assert text_of(path) == "old"
+
+
 @pytest.mark.parametrize("folder", [True, False], ids=["folder", "file"])
 def test_a_checkpoint_loses_its_name_before_its_contents(tmp_path, monkeypatch, folder):
     path = tmp_path / "last.ckpt"

@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata
 
 import lightning_muon as lm
+from lightning_muon.checkpoint.canonical import load_canonical
 from lightning_muon.checkpoint.errors import CheckpointError
 from lightning_muon.checkpoint.folders import is_sharded, load_folder, load_whole, read_shapes, save_folder
 from lightning_muon.checkpoint.named import from_named, to_named
@@ -50,6 +51,13 @@ def saved(tmp_path):
     path = tmp_path / "checkpoints" / "last.ckpt"
     save_folder(path, state(1), META)
     return path
+
+
+def test_half_a_replacement_is_repaired_by_whoever_loads_next(saved):
+    """A process was killed between two renames; what it leaves is asked for as a whole checkpoint."""
+    saved.rename(saved.with_name(f".{saved.name}.replaced"))
+    assert load_canonical(saved)["epoch"] == META["epoch"]
+    assert saved.is_dir()
 
 
 def test_what_is_saved_is_loaded(saved):

@@ -184,10 +184,34 @@ def test_shares_that_cannot_be(samples, batch_size, count):
         lm.GlobalBatchLoader(range(samples), batch_size, num_replicas=count, rank=0)
 
 
-@pytest.mark.parametrize(("options", "name"), [({"seed": 1}, "seed"), ({"batch_size": 8}, "batch_size")])
+def test_a_look_at_the_first_batch_takes_nothing_from_the_epoch():
+    (loader,), (other,) = loaders(1), loaders(1)
+    next(iter(loader))
+    expected = [batch.tolist() for batch in other]
+    assert [batch.tolist() for batch in loader] == expected
+    assert [batch.tolist() for batch in loader] == expected  # nor does an epoch from the next
+
+
+def test_positions_of_before_go_on():
+    """Those that say nothing of shuffling and of the dataset."""
+    (loader,), (resumed,) = loaders(1), loaders(1)
+    batches = [batch.tolist() for batch in loader]
+    resumed.load_state_dict({"epoch": 0, "batches": 2, "batch_size": BATCH_SIZE, "seed": 0})
+    assert [batch.tolist() for batch in resumed] == batches[2:]
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"seed": 1}, "seed"),
+        ({"batch_size": 8}, "batch_size"),
+        ({"shuffle": False}, "shuffle"),
+        ({"dataset": range(NUM_SAMPLES + 1)}, "num_samples"),
+    ],
+)
 def test_another_order_is_an_error(options, name):
     (loader,) = loaders(1)
-    other = lm.GlobalBatchLoader(range(NUM_SAMPLES), **{"batch_size": BATCH_SIZE, **options})
+    other = lm.GlobalBatchLoader(**{"dataset": range(NUM_SAMPLES), "batch_size": BATCH_SIZE, **options})
     with pytest.raises(ValueError, match=f"{name}=") as raised:
         other.load_state_dict(loader.state_dict())
     assert "use the same" in str(raised.value)

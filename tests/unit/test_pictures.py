@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from torch.utils.tensorboard import SummaryWriter
 
+import lightning_muon as lm
 from lightning_muon.logs.rows import arrange
 from lightning_muon.pytorch.callbacks import pictures as pictures_module
 from lightning_muon.pytorch.callbacks.pictures import LayerPictures
@@ -261,3 +262,11 @@ def test_nobody_to_write_to_is_no_error():
     pictures = LayerPictures()
     pictures.add(1, values_at(1))
     pictures.finish([], 1)
+
+
+def test_the_monitor_that_is_said_to_log_a_quantity_logs_it():
+    monitors = (lm.UpdateRMSMonitor, lm.WeightNormMonitor, lm.SpectrumMonitor, lm.MomentumSpectrumMonitor)
+    families = {monitor.__name__: {f"muon/{family}" for family in monitor.families} for monitor in monitors}
+    said = [(one.family, one.logged_by) for one in QUANTITIES if one.logged_by in families and "·" not in one.family]
+    assert len(said) > 10
+    assert [(family, by) for family, by in said if family not in families[by]] == []

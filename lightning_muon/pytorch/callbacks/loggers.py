@@ -30,7 +30,7 @@ class Loggers:
             step = trainer.global_step
             self.attempt(f"{type(logger).__name__} {number}", step, logger.log_metrics, dict(values), step)
 
-    def attempt(self, who: str, step: int, log: Callable[..., None], *arguments: Any) -> None:
+    def attempt(self, who: str, step: int, log: Callable[..., object], *arguments: Any) -> None:
         """Call ``log``; an error is a warning, the first time.
 
         Args:

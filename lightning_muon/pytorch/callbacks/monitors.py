@@ -12,6 +12,7 @@ from typing_extensions import override
 from lightning_muon.monitoring import Collection
 from lightning_muon.monitoring.description import describe_model, log_folders
 from lightning_muon.pytorch.callbacks.base import Monitor, parameter_names
+from lightning_muon.pytorch.callbacks.loggers import Loggers
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -151,7 +152,9 @@ class MomentumSpectrumMonitor(Monitor):
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             description = describe_model(trainer.optimizers, parameter_names(pl_module))
             for folder in log_folders(trainer.loggers) or [Path(trainer.default_root_dir)]:
-                description.write(folder)
+                Loggers().attempt(
+                    f"The writer of muon_model.json in {folder}", trainer.global_step, description.write, folder
+                )
 
     @override
     def show(self, trainer: pl.Trainer, logger: Logger, collection: Collection) -> None:

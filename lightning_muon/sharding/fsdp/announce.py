@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from lightning_muon.muon import Muon
+from lightning_muon.sharding.agreement import choices
 from lightning_muon.sharding.fsdp.shards import Shard, shard_of
 
 __all__ = ["Announcement", "announce"]
@@ -46,11 +47,7 @@ def announce(optimizer: Muon, options: Mapping[str, object], group: dist.Process
         ValueError: A rank holds a parameter in a way that Muon cannot bring together; on every rank.
         RuntimeError: The ranks disagree; on every rank.
     """
-    policies = {key: getattr(optimizer, key) for key in ("nonfinite", "idle_matrices", "master_weights")}
-    facts: dict[str, object] = {**options, **policies}
-    for options_of in optimizer.param_groups:
-        settings = {key: str(value) for key, value in options_of.items() if key not in ("params", "param_names")}
-        facts[f"group {options_of['name']!r}"] = settings
+    facts: dict[str, object] = {**options, **choices(optimizer)}
     shards, problems = {}, []
     for name, param in optimizer.named_parameters():
         layout = optimizer.routes[name].layout

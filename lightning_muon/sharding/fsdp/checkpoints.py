@@ -7,7 +7,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 
 from lightning_muon.checkpoint.atomic import remove
@@ -128,7 +127,7 @@ class ShardedCheckpoints:
     def remove(self, path: Path) -> None:
         """Remove a checkpoint: one that is to be replaced by a save in the background, when that is whole."""
         if self._saver is None:
-            _remove(path)
+            self._remove(path)
         else:
             self._to_remove.append(path)
 
@@ -145,7 +144,10 @@ class ShardedCheckpoints:
                 self._to_remove.clear()
                 raise
         while self._to_remove:
-            _remove(self._to_remove.pop())
+            self._remove(self._to_remove.pop())
+
+    def _remove(self, path: Path) -> None:
+        Processes.of(None).on_first(lambda: remove(path))
 
     def close(self) -> None:
         """Wait, and give the background's processes and memory back."""
@@ -166,8 +168,3 @@ def require_keys(found: Collection[str], keys: Collection[str], path: object) ->
     missing = [key for key in keys if key not in found]
     if missing:
         raise KeyError(f"{path} has nothing under {missing}; it has {sorted(found)}.")
-
-
-def _remove(path: Path) -> None:
-    if dist.get_rank() == 0:
-        remove(path)
