@@ -70,6 +70,19 @@ def match(
             f" Trained now and not in it: {_some(missing)}. In it and not trained now: {_some(unexpected)}."
             " Build the model as the saved run did, or load the weights alone. The optimizer has not been changed."
         )
+    moved = {
+        name: (group["algorithm"], saved[name][0]["algorithm"])
+        for group in param_groups
+        for name in group["param_names"]
+        if saved[name][0]["algorithm"] != group["algorithm"]
+    }
+    if moved:
+        told = [f"{name} ({now} here, {before} there)" for name, (now, before) in moved.items()]
+        raise ValueError(
+            f"Routed otherwise than in the saved run: {_some(told)}. Give the rules of that run, or begin a new one"
+            ' from its weights alone: module.load_state_dict(torch.load(path)["state_dict"]), and no ckpt_path. The'
+            " optimizer has not been changed."
+        )
     groups = []
     for group in param_groups:
         partner = saved[group["param_names"][0]][0]
@@ -77,11 +90,7 @@ def match(
             raise ValueError(
                 f"The saved parameter groups are put together differently: {group['name']!r} here holds"
                 f" {_some(group['param_names'])}; {partner.get('name')!r} there {_some(partner['param_names'])}."
-            )
-        if partner["algorithm"] != group["algorithm"]:
-            raise ValueError(
-                f"Group {group['name']!r} was trained by {partner['algorithm']} and is now routed to"
-                f" {group['algorithm']}; use the rules of the saved run."
+                " Give the groups of the saved run."
             )
         for name, param in zip(group["param_names"], group["params"], strict=True):
             _check_entries(name, param, group["algorithm"], saved[name][1])

@@ -27,6 +27,7 @@ from lightning_muon.partition import Alone, NamedState, Partition
 from lightning_muon.routes import Route
 from lightning_muon.routing import Rule
 from lightning_muon.step import Step, treatments
+from lightning_muon.suspects import warn_of_heads
 from lightning_muon.watching import Watch
 
 __all__ = ["Muon"]
@@ -169,6 +170,7 @@ class Muon(Optimizer):
         if not self.param_groups:
             raise ValueError("Muon got no parameter that requires a gradient.")
         self._router.check_rules()
+        warn_of_heads(self.param_groups, self.routes)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Route the parameters of a group and add them: as one group, or as one for each algorithm.
@@ -284,11 +286,6 @@ class Muon(Optimizer):
             local(value) for state in self.state.values() for value in state.values() if isinstance(value, Tensor)
         )
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-    @property
-    def last_grad_norm(self) -> Tensor | None:
-        """The whole gradient's norm before the last clipping by a sharded strategy."""
-        return self.last_grad_norms.get("all")
 
     @property
     def partition(self) -> Partition:

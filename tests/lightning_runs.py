@@ -89,7 +89,7 @@ class AwkwardLightningModule(L.LightningModule):
         return self.model(self.batches[0]).argmax(-1)
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
-        norm = getattr(self.trainer.optimizers[0], "last_grad_norm", None)
+        norm = getattr(self.trainer.optimizers[0], "last_grad_norms", {}).get("all")
         if norm is not None:
             self.norms.append(norm.item())
         self.replica_difference = max(self.replica_difference, replica_difference(self))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from lightning_muon.checkpoint.errors import CheckpointError, some
 from lightning_muon.names import canonical_name
 
-__all__ = ["check_weights"]
+__all__ = ["check_weights", "naming_what_differs"]
 
 
 def check_weights(saved: Mapping[str, Any], module: nn.Module, *, strict: bool = True, source: str = "") -> None:
@@ -28,6 +29,38 @@ def check_weights(saved: Mapping[str, Any], module: nn.Module, *, strict: bool =
     Raises:
         CheckpointError: Names (with ``strict``) or shapes differ.
     """
+    if faults := _faults(saved, module, strict):
+        raise CheckpointError(
+            f"{source + ': ' if source else ''}These are the weights of another model. {faults}"
+            " Build the model as the saved run did, or take another checkpoint. Nothing has been changed."
+        )
+
+
+@contextmanager
+def naming_what_differs(saved: Mapping[str, Any], module: nn.Module, *, strict: bool = True) -> Iterator[None]:
+    """Let torch load weights, which a module may translate while it does so, and say in short why it cannot.
+
+    Args:
+        saved: Tensors by name.
+        module: What they are loaded into.
+        strict: Names must be the same, too.
+
+    Raises:
+        CheckpointError: torch has refused them, and names or shapes differ.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        faults = _faults(saved, module, strict)
+        if not faults:
+            raise
+        raise CheckpointError(
+            f"These are the weights of another model. {faults} Build the model as the saved run did, or take another"
+            " checkpoint. What fits may have been loaded."
+        ) from error
+
+
+def _faults(saved: Mapping[str, Any], module: nn.Module, strict: bool) -> str:
     expected = {canonical_name(name): value for name, value in module.state_dict().items()}
     saved = {canonical_name(name): value for name, value in saved.items()}
     faults = []
@@ -36,7 +69,7 @@ def check_weights(saved: Mapping[str, Any], module: nn.Module, *, strict: bool =
         if missing:
             faults.append(f"It lacks {some(missing)}.")
         if unexpected:
-            faults.append(f"It has besides {some(unexpected)}.")
+            faults.append(f"It also has {some(unexpected)}.")
     shapes = [
         f"{name} is {_shape(saved[name])} there and {_shape(value)} here"
         for name, value in expected.items()
@@ -44,11 +77,7 @@ def check_weights(saved: Mapping[str, Any], module: nn.Module, *, strict: bool =
     ]
     if shapes:
         faults.append(f"Shapes differ: {some(shapes)}.")
-    if faults:
-        raise CheckpointError(
-            f"{source + ': ' if source else ''}These are the weights of another model. {' '.join(faults)}"
-            " Build the model as the saved run did, or take another checkpoint. Nothing has been changed."
-        )
+    return " ".join(faults)
 
 
 def _shape(value: Any) -> tuple[int, ...]:

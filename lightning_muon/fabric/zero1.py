@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_muon.checkpoint.check import naming_what_differs
 from lightning_muon.fabric.checkpoint_io import WholeCheckpoints
 from lightning_muon.sharding.clipping import ClipScope, clip_grad_norm_
 from lightning_muon.sharding.missing import MissingPolicy
@@ -102,6 +103,11 @@ class MuonZero1Strategy(WholeCheckpoints, DDPStrategy):
         if getattr(self.precision, "scaler", None) is not None:
             error_if_nonfinite = False
         return clip_grad_norm_(muon, float(max_norm), float(norm_type), error_if_nonfinite, self._options.clip_scope)
+
+    @override
+    def load_module_state_dict(self, module: Module, state_dict: dict[str, Any | Tensor], strict: bool = True) -> None:
+        with naming_what_differs(state_dict, module, strict=strict):
+            super().load_module_state_dict(module, state_dict, strict)
 
     @classmethod
     @override

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
+from lightning_muon.checkpoint.check import naming_what_differs
 from lightning_muon.fabric.checkpoint_io import WholeCheckpoints
 from lightning_muon.muon import Muon
 from lightning_muon.pytorch.clipping import clip_by_the_whole_norm, restore_clipping
@@ -86,6 +88,12 @@ class MuonZero1Strategy(WholeCheckpoints, DDPStrategy):
         super().setup_optimizers(trainer)
         assert self._zero1 is not None
         self._zero1.adopt(self.optimizers)
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.lightning_module is not None
+        with naming_what_differs(checkpoint["state_dict"], self.lightning_module, strict=strict):
+            super().load_model_state_dict(checkpoint, strict)
 
     @override
     def on_validation_start(self) -> None:

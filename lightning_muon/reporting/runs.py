@@ -118,7 +118,7 @@ def read_runs(folders: Sequence[str | Path], include: str | None = None, exclude
     logged: dict[Path, dict[str, Series]] = {}
     for folder in dict.fromkeys(run for above in folders for run in find_runs([above])):
         scalars = read_scalars(folder)
-        repeated = next((other for other, its in logged.items() if scalars and are_one_training(scalars, its)), None)
+        repeated = next((other for other, its in logged.items() if _are_one(folder, scalars, other, its)), None)
         if repeated is not None:
             found.notes.append(f"{folder} repeats the figures of {repeated}: left out")
         elif scalars:
@@ -135,6 +135,13 @@ def read_runs(folders: Sequence[str | Path], include: str | None = None, exclude
             model = None
         found.runs.append(Run(folder, labels[folder], scalars, model, include, exclude))
     return found
+
+
+def _are_one(folder: Path, scalars: Mapping[str, Series], other: Path, its: Mapping[str, Series]) -> bool:
+    """Whether two loggers have logged one training. Loggers of one kind are two trainings, though their figures agree:
+    those of both strategies do, from one seed."""
+    kinds = [bool(list(one.glob("events.out.tfevents.*"))) for one in (folder, other)]
+    return kinds[0] != kinds[1] and bool(scalars) and are_one_training(scalars, its)
 
 
 def _labels(folders: list[Path]) -> dict[Path, str]:

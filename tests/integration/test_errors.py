@@ -40,6 +40,8 @@ class Wider(AwkwardLightningModule):
         super().__init__()
         self.extra = torch.nn.Linear(3, 3)
 
+
+class WiderTranslating(Wider):
     def on_load_checkpoint(self, checkpoint):
         # past Lightning's own check of the weights, so that the optimizer's is what speaks
         checkpoint["state_dict"].update({f"extra.{k}": v for k, v in self.extra.state_dict().items()})
@@ -48,7 +50,7 @@ class Wider(AwkwardLightningModule):
 def checkpoint_of_another_model(path):
     fit(3, save_to=path)
     with pytest.raises(ValueError, match=r"of another model.*Trained now and not in it: extra\.bias, extra\.weight"):
-        trainer().fit(Wider(), ckpt_path=path, weights_only=True)
+        trainer().fit(WiderTranslating(), ckpt_path=path, weights_only=True)
 
 
 def nan_in_training():
@@ -113,6 +115,23 @@ def float16_without_a_scaler():
         fabric.setup(model, lm.Muon(model))
 
 
+def weights_of_another_model(path):
+    fit(1, save_to=path)
+    for load in (
+        lambda: trainer(2).fit(Wider(), ckpt_path=path, weights_only=True),
+        lambda: fabric_load_into(torch.nn.Linear(3, 3), path),
+    ):
+        with pytest.raises(lm.CheckpointError, match=r"weights of another model\. It lacks .*Build the model as"):
+            load()
+
+
+def fabric_load_into(module, path):
+    fabric = L.Fabric(accelerator="cpu", devices=2, strategy="muon_zero1", plugins=[PoolEnvironment()])
+    fabric.launch()
+    module, _ = fabric.setup(module, lm.Muon(module))
+    fabric.load(path, {"state_dict": module}, weights_only=True)
+
+
 class BadDisk(lm.MuonCheckpointIO):
     """Which one process alone finds to be full when it writes, and broken when it reads."""
 
@@ -142,8 +161,8 @@ def disk_that_is_broken_for_one(path):
             train(2, resume_from=path, plugins=[PoolEnvironment(), BadDisk(1)])
 
 
-@pytest.mark.parametrize("check", [disk_that_is_full_for_one, disk_that_is_broken_for_one])
-def test_no_process_waits_for_one_whose_disk_fails(check, tmp_path):
+@pytest.mark.parametrize("check", [disk_that_is_full_for_one, disk_that_is_broken_for_one, weights_of_another_model])
+def test_every_rank_raises_for_checkpoints(check, tmp_path):
     run_processes(2, check, str(tmp_path / "last.ckpt"))
 
 

@@ -253,6 +253,15 @@ def test_a_run_that_two_loggers_logged_is_shown_once(tmp_path, capsys):
     assert "repeats the figures" in page.text
 
 
+def test_two_trainings_with_the_same_figures_are_two(tmp_path):
+    """Both strategies from one seed."""
+    for name in ("muon_zero1", "muon_fsdp"):
+        write_run(tmp_path / name, keys_of("muon/update_rms"), TensorBoardLogger)
+    page = report(tmp_path, tmp_path)
+    assert len(page.charts["Update RMS"][0]["data"]) == 2
+    assert "repeats the figures" not in page.text
+
+
 def test_what_is_missing_is_said(tmp_path):
     page = report(tmp_path, write_run(tmp_path / "a", ["train/loss"]))
     assert set(page.charts) == {"Loss"}
