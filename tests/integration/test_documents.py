@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import inspect
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+import lightning_muon as lm
 from benchmarks.claims.description import Run
 from examples.moe_lm.demo import LEARNING_RATES
 from lightning_muon.cli import main
@@ -210,3 +212,11 @@ def test_figures_in_prose_are_the_committed_ones():
     assert f"rate of {rate}, it is {with_decay:.2f} and not {expected:.2f}, and grows to {without:.2f} without" in text
     width = of_decay["model"]["hidden_size"]
     assert f"at width {width} Muon's best rate is twice AdamW's, and the embedding's and the head's twice that" in text
+
+
+def test_table_of_arguments_has_all_of_them():
+    page = (ROOT / "docs" / "hyper-parameters.md").read_text()
+    table = page[page.index("## All arguments") : page.index("## When not to use Muon")]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    named = {name for cell in rows for name in re.findall(r"`(\w+)`", cell)}
+    assert named == set(inspect.signature(lm.Muon).parameters) - {"params"}
