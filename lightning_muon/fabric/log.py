@@ -12,10 +12,10 @@ from lightning.fabric.utilities import rank_zero_warn
 from torch import distributed
 from torch.optim import Optimizer
 
+from lightning_muon.fabric.loggers import Loggers
 from lightning_muon.monitoring import Mode, ObservedOptimizer, Request, Session, Subject
 from lightning_muon.monitoring.description import describe_model, log_folders
 from lightning_muon.muon import Muon
-from lightning_muon.pytorch.callbacks.loggers import Loggers
 from lightning_muon.sharding.require import require_muon
 
 __all__ = ["log_optimizer"]

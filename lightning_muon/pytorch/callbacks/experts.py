@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from lightning_muon.arguments import check_interval, check_pattern
 from lightning_muon.experts import ExpertLoads, Read
-from lightning_muon.pytorch.callbacks.loggers import Loggers
+from lightning_muon.fabric.loggers import Loggers
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl

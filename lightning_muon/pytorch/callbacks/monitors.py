@@ -9,10 +9,10 @@ import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
 
+from lightning_muon.fabric.loggers import Loggers
 from lightning_muon.monitoring import Collection
 from lightning_muon.monitoring.description import describe_model, log_folders
 from lightning_muon.pytorch.callbacks.base import Monitor, parameter_names
-from lightning_muon.pytorch.callbacks.loggers import Loggers
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl

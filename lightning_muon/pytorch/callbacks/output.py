@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from lightning_muon.fabric.loggers import Loggers
 from lightning_muon.monitoring import Collection
-from lightning_muon.pytorch.callbacks.loggers import Loggers
 from lightning_muon.pytorch.callbacks.pictures import LayerPictures
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from typing_extensions import override
 from lightning_muon.arguments import check_interval, check_pattern
 from lightning_muon.attention import DescribeHeads, QKClipper
 from lightning_muon.attention.report import ALARM
+from lightning_muon.fabric.loggers import Loggers
 from lightning_muon.monitoring import Mode
 from lightning_muon.monitoring.alarms import Alarms
-from lightning_muon.pytorch.callbacks.loggers import Loggers
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
