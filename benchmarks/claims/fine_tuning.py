@@ -165,12 +165,14 @@ def findings(results: Results) -> list[str]:
     if (on_muon := compared.get("muon")) is not None:
         said.append(
             f"- {verdict(on_muon['seeds_below'] == seeds)}: Muon is better than AdamW on Muon's checkpoint, in every"
-            f" seed ({on_muon['seeds_below']} of {seeds}, mean {number(on_muon['mean'], sign=True)})."
+            f" seed. The mean difference is {number(on_muon['mean'], sign=True)}, below zero in"
+            f" {on_muon['seeds_below']} of {seeds} seeds."
         )
     if (on_adamw := compared.get("adamw")) is not None:
         said.append(
             f"- {verdict(on_adamw['seeds_above'] == seeds)}: on AdamW's checkpoint Muon is worse than AdamW, in every"
-            f" seed (above in {on_adamw['seeds_above']} of {seeds}, mean {number(on_adamw['mean'], sign=True)})."
+            f" seed. The mean difference is {number(on_adamw['mean'], sign=True)}, above zero in"
+            f" {on_adamw['seeds_above']} of {seeds} seeds."
         )
     said += _forgetting(results)
     edges = [_pair_text(pair) for pair, one in results["fine_tuning_rates"].items() if one["is_on_edge"]]

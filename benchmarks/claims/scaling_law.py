@@ -208,9 +208,9 @@ def findings(results: Results) -> list[str]:
         below = sum(one["high"] < 1 for one in ratios)
         said.append(
             f"- {verdict(below == len(sizes))}, {how}: Muon needs less compute than AdamW for the same loss, at every"
-            f" size. The interval is below 1 at {below} of {len(sizes)} sizes; {tuned} of all were tuned, and"
-            f" the others have rates by trend. The ratio goes from {ratios[0]['ratio']:.2f} at the smallest size to"
-            f" {ratios[-1]['ratio']:.2f} at the largest."
+            f" size. The ratio goes from {ratios[0]['ratio']:.2f} at the smallest size to {ratios[-1]['ratio']:.2f} at"
+            f" the largest, and its interval is below 1 at {below} of {len(sizes)} sizes. {tuned} of all were tuned,"
+            " and the others have rates by trend."
         )
     said.append(
         f"- Moonlight's printed fits give {published['1.0']:.2f} at 1 PFLOP/s-day and {published['18.0']:.2f} at 18."

@@ -138,7 +138,7 @@ def test_findings_of_both_ratios(tmp_path: Path) -> None:
     found = results_of(losses(factor, 0.06), losses(1.0, 0.06))
     model, whole, size, *_ = scaling_law.findings(found)
     assert model.startswith("- Seen, by the model's compute, as the paper counts: Muon needs less")
-    assert "below 1 at 4 of 4 sizes; 2 of all were tuned, and the others have rates by trend" in model
+    assert "below 1 at 4 of 4 sizes. 2 of all were tuned, and the others have rates by trend" in model
     assert "from 0.80 at the smallest size to 0.80" in model
     assert whole.startswith("- Not seen, with the compute of Muon's step")
     assert "below 1 at 0 of 4 sizes" in whole
