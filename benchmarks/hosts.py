@@ -76,13 +76,9 @@ class Host:
         return int(sent), int(received)
 
 
-def wire_bytes(device: str | None = None) -> tuple[int, int]:
-    """Bytes ``(sent, received)`` by a device since it exists, headers and repeats included; called on the host.
-
-    Args:
-        device: Its name; by default the one that gloo uses.
-    """
-    folder = Path("/sys/class/net") / (device or os.environ["GLOO_SOCKET_IFNAME"]) / "statistics"
+def wire_bytes() -> tuple[int, int]:
+    """Bytes ``(sent, received)`` by gloo's device since it exists, headers and repeats included; called on the host."""
+    folder = Path("/sys/class/net") / os.environ["GLOO_SOCKET_IFNAME"] / "statistics"
     return int((folder / "tx_bytes").read_text()), int((folder / "rx_bytes").read_text())
 
 

@@ -57,12 +57,11 @@ def train_example(
     return validation_figures(torch.cat(losses).mean())["val/bpb"].item()
 
 
-def recorded_momentum(at: Collection[int], *, seed: int = 1) -> dict[int, list[tuple[str, Tensor]]]:
+def recorded_momentum(at: Collection[int]) -> dict[int, list[tuple[str, Tensor]]]:
     """What Newton–Schulz gets at some steps of that training, of 600.
 
     Args:
         at: Optimizer steps, from 1.
-        seed: Of weights and data.
 
     Returns:
         For each step the matrices with their names, `(1-μ)G + μM` in float32; without those that rest.
@@ -73,7 +72,7 @@ def recorded_momentum(at: Collection[int], *, seed: int = 1) -> dict[int, list[t
         if step in at:
             recorded[step] = [(f"{name}[{n}]", fed) for (name, n), fed in matrices_of(optimizer).items() if fed.any()]
 
-    train_example(600, seed=seed, after_step=keep, stop_after=max(at))
+    train_example(600, seed=1, after_step=keep, stop_after=max(at))
     return recorded
 
 

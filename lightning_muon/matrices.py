@@ -46,11 +46,6 @@ class MatrixPart:
         """Its rows and columns."""
         return self.rows[1] - self.rows[0], self.cols[1] - self.cols[0]
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether it is the whole matrix."""
-        return self.size == self.shape
-
     def view(self, flat: Tensor) -> Tensor:
         """``extents``, as a view of the contiguous run of elements that holds it. In this order of the elements it can
         be reshaped to ``size``."""

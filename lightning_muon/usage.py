@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
+from pathlib import Path
 
-__all__ = ["UsageError", "add_filters", "pattern", "positive"]
+__all__ = ["UsageError", "add_filters", "columns", "pattern", "positive", "write"]
 
 
 class UsageError(ValueError):
@@ -36,3 +38,23 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, got {text!r}")
     return value
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table's lines: left-aligned, with a rule below the first row."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [lines[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:]]
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Write a file that the user has asked for, and the folders above it.
+
+    Raises:
+        UsageError: It cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from None

@@ -14,14 +14,14 @@ MUON, ADAMW, OTHER, THIRD = "#1f5fa8", "#d1702a", "#8a8a8a", "#3b8f5a"
 
 
 @contextmanager
-def panels(path: Path, columns: int, height: float = 4.0, width: float = 5.0) -> Iterator[list[Axes]]:
+def panels(path: Path, columns: int, width: float = 5.0) -> Iterator[list[Axes]]:
     """Axes side by side, saved when the block ends."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, grid = plt.subplots(1, columns, figsize=(width * columns, height), layout="constrained", squeeze=False)
+    figure, grid = plt.subplots(1, columns, figsize=(width * columns, 4.0), layout="constrained", squeeze=False)
     try:
         yield list(grid[0])
         figure.savefig(path, dpi=130)

@@ -41,13 +41,11 @@ class Browser:
     Args:
         width: Of the page, in CSS pixels.
         height: The same.
-        dark: Whether pages are asked for their dark colours.
     """
 
-    def __init__(self, width: int = 1280, height: int = 800, dark: bool = False) -> None:
+    def __init__(self, width: int = 1280, height: int = 800) -> None:
         self.width = width
         self.height = height
-        self.dark = dark
         self._number = 0
         self._received = b""
         self._session: str | None = None
@@ -73,7 +71,7 @@ class Browser:
             target = self.send("Target.createTarget", url="about:blank")["targetId"]
             self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
             self.resize(self.height)
-            scheme = {"name": "prefers-color-scheme", "value": "dark" if self.dark else "light"}
+            scheme = {"name": "prefers-color-scheme", "value": "light"}
             self.send("Emulation.setEmulatedMedia", features=[scheme])
         except BaseException:
             self.__exit__(None, None, None)
@@ -177,11 +175,5 @@ class Browser:
         clip = {"x": 0, "y": top, "width": self.width, "height": height or self.height, "scale": 1}
         found = self.send("Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(base64.b64decode(found["data"]))
-        return path
-
-    def pdf(self, path: Path) -> Path:
-        """Print the page, on A4."""
-        found = self.send("Page.printToPDF", paperWidth=8.27, paperHeight=11.69, printBackground=True)
         path.write_bytes(base64.b64decode(found["data"]))
         return path

@@ -13,7 +13,7 @@ from lightning_muon.advising.observed import PERCENTS, observe
 from lightning_muon.advising.report import figures, table
 from lightning_muon.logs import LogError
 from lightning_muon.orthogonalize import Auto
-from lightning_muon.usage import UsageError, add_filters
+from lightning_muon.usage import UsageError, add_filters, write
 
 __all__ = ["add_advise"]
 
@@ -71,16 +71,8 @@ def run(options: argparse.Namespace) -> str:
         raise UsageError(str(error)) from None
     advices = advise(observed.needs, percent, Auto(band=options.band))
     if options.json:
-        _write(options.json, json.dumps(figures(observed, advices, percent, options.band), indent=1) + "\n")
+        write(options.json, json.dumps(figures(observed, advices, percent, options.band), indent=1) + "\n")
     return table(observed, advices, percent, options.band)
-
-
-def _write(path: Path, content: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _band(text: str) -> float:

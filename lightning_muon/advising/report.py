@@ -9,6 +9,7 @@ from lightning_muon.advising.advice import Advice, Need
 from lightning_muon.advising.config import patterns, snippet
 from lightning_muon.advising.observed import Observed
 from lightning_muon.orthogonalize import nominal_sequence
+from lightning_muon.usage import columns
 
 __all__ = ["figures", "table", "warnings"]
 
@@ -74,7 +75,7 @@ def table(observed: Observed, advices: Sequence[Advice], percent: int, band: flo
     lines = [
         f"{observed.run}: spectra of optimizer {of_steps}",
         "",
-        *_columns(rows),
+        *columns(rows),
         "",
         "σ is the lowest of all matrices and steps, in units of the Schatten-4 norm, as polar_express(norm='schatten4')"
         " sees it;",
@@ -164,10 +165,3 @@ def _words(need: Need, row: Iterable[Need]) -> str:
     taken = [one.steps_taken for one in row if one.is_auto and one.steps_taken is not None]
     fewest, most = min(one[0] for one in taken), max(one[2] for one in taken)
     return f"auto: {fewest}" + (f" to {most}" if fewest < most else "")
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> Iterable[str]:
-    """Left-aligned, with a line below the first row."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return [lines[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:]]

@@ -88,9 +88,7 @@ def _distinct(run: Run, pattern: str) -> dict[str, Series]:
     return found
 
 
-def panels_by_type(
-    title: str, section: str, caption: str, runs: Sequence[Run], family: str, max_panels: int = _MOST_PANELS
-) -> Chart | None:
+def panels_by_type(title: str, section: str, caption: str, runs: Sequence[Run], family: str) -> Chart | None:
     """A small panel for each layer type: the median over the blocks, in the band from the smallest to the largest.
 
     Returns:
@@ -103,7 +101,7 @@ def panels_by_type(
     if not names:
         return None
     types = short_types(layer_of[name] for name in names)
-    shown = dict(list(types.items())[:max_panels])
+    shown = dict(list(types.items())[:_MOST_PANELS])
     by_type: dict[str, list[str]] = defaultdict(list)
     for name in names:
         by_type[layer_of[name].type].append(name)

@@ -12,7 +12,7 @@ from lightning_muon.logs import LogError
 from lightning_muon.scaling.ladder import read_ladder
 from lightning_muon.scaling.plot import plot
 from lightning_muon.scaling.report import Target, figures, fit_ladder, table
-from lightning_muon.usage import UsageError, add_filters
+from lightning_muon.usage import UsageError, add_filters, write
 
 __all__ = ["add_fit"]
 
@@ -91,9 +91,9 @@ def run(options: argparse.Namespace) -> str:
         )
     warnings = [*ladder.warnings, *unfitted]
     if options.json:
-        _write(options.json, json.dumps(figures(fits, options.quantile, target, warnings), indent=1) + "\n")
+        write(options.json, json.dumps(figures(fits, options.quantile, target, warnings), indent=1) + "\n")
     if options.plot:
-        _write(options.plot, plot(fits, options.quantile, target, options.plot.suffix))
+        write(options.plot, plot(fits, options.quantile, target, options.plot.suffix))
     return table(fits, options.quantile, target, warnings)
 
 
@@ -103,14 +103,6 @@ def _target(options: argparse.Namespace) -> Target | None:
     if options.target_rank is not None and options.target_rank < 1:
         raise UsageError(f"--target-rank is 1 or more, got {options.target_rank}")
     return None if options.target_size is None else Target(options.target_size, options.target_rank)
-
-
-def _write(path: Path, content: str | bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _size(text: str) -> float:

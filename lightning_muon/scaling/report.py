@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from lightning_muon.scaling.ladder import Ladder, Place, Point
 from lightning_muon.scaling.law import Estimate, PowerLaw, fit_power_law
 from lightning_muon.scaling.sequences import label, smallest_sequence
+from lightning_muon.usage import columns
 
 __all__ = ["Fit", "Target", "figures", "fit_ladder", "short_names", "table"]
 
@@ -143,7 +144,7 @@ def table(fits: Sequence[Fit], quantile: str, target: Target | None, warnings: S
         f"σ_{quantile} = c·M^(-α): {len(runs)} runs of {len(sizes)} sizes, M from {sizes[0]:,} to {sizes[-1]:,} trained"
         " parameters; intervals of 95 %",
         "",
-        *_columns([header, *(_row(fit, names[fit.place.type], target) for fit in fits)]),
+        *columns([header, *(_row(fit, names[fit.place.type], target) for fit in fits)]),
         "",
         "r is the shorter side of the matrices; the spectrum of noise alone has σ·√r constant. Curved: which of the two"
         " laws a parabola contradicts;",
@@ -200,10 +201,3 @@ def _curved(fit: Fit) -> str:
         return "?"
     which = [name for name, law in (("σ", fit.plain), ("σ·√r", fit.corrected)) if law.is_curved]
     return ", ".join(which) or "no"
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> Iterable[str]:
-    """Left-aligned, with a line below the first row."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return [lines[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:]]

@@ -11,8 +11,6 @@ from lightning_muon.monitoring import Request, Session
 from tests.integration.test_monitors import events
 from tests.lightning_runs import AwkwardLightningModule, trainer
 
-FULL_RANK = torch.eye(8)
-
 
 class Stack(torch.nn.Module):
     def __init__(self, scale=1.0, size=8):

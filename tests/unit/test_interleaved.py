@@ -58,7 +58,7 @@ def test_blocks_hold_whole_matrices(layout):
         assert [part.key[1] for part in layout.parts("p", runs)] == [
             block.index + n for n in range(len(block.shapes))
         ], "one part each"
-        assert all(part.is_whole for part in layout.parts("p", runs))
+        assert all(part.size == part.shape for part in layout.parts("p", runs))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -54,7 +54,7 @@ class Page(HTMLParser):
     def __init__(self, path):
         super().__init__()
         self.tags, self.charts, self.texts = [], {}, []
-        self._figures, self._title, self._inside = {}, None, None
+        self._title, self._inside = None, None
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attrs):

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from lightning_muon.sharding.fsdp.materialize import Materializer, require_initializers
@@ -37,7 +37,6 @@ def shard_module(
     precision: UnitPrecision,
     checkpointed: Iterable[nn.Module] = (),
     reshard_after_forward: bool | int | None = None,
-    offload_policy: OffloadPolicy | None = None,
     group: dist.ProcessGroup | None = None,
     strategy: str = "muon_fsdp",
 ) -> None:
@@ -57,7 +56,6 @@ def shard_module(
         reshard_after_forward: torch's: whether a block's weights are dropped after forward and gathered again for
             backward, or the number of ranks to keep them over. ``None`` drops them. What is in no block keeps its
             weights, unless there are no blocks and this is ``True`` or a number.
-        offload_policy: torch's.
         group: All processes of the job; ``None`` is the default process group.
         strategy: The strategy's name, for error messages.
 
@@ -74,8 +72,6 @@ def shard_module(
     device = _device(mesh)
     materializer = Materializer(device)
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": reshard_after_forward}
-    if offload_policy is not None:
-        options["offload_policy"] = offload_policy
     names = {id(block): name for name, block in blocks.items()}
     seen: set[nn.Module] = set()
 
