@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from benchmarks.shapes import MODELS, ModelShapes
-from examples.moe_lm.demo import environment
+from examples.moe_lm.environment import environment
 from lightning_muon.orthogonalize import orthogonalization_flops, polynomial_sequence
 from lightning_muon.planning.costs import Shape, costs_of_schemes
 from lightning_muon.planning.devices import DEVICES

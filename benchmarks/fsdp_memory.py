@@ -32,7 +32,7 @@ import lightning_muon as lm
 from benchmarks.two_hosts.fsdp import cpu_mesh, train_sharded
 from benchmarks.two_hosts.model import SEQ_LEN, Transformer, batch
 from benchmarks.two_hosts.variants import LR, Task, Training, train_under_ddp
-from examples.moe_lm.demo import environment
+from examples.moe_lm.environment import environment
 from lightning_muon.local import local
 from lightning_muon.sharding.fsdp import FSDPOptions
 from lightning_muon.sharding.fsdp.fully_sharded import FullySharded

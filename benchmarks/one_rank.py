@@ -32,7 +32,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import lightning_muon as lm
 from benchmarks.shapes import MODELS
-from examples.moe_lm.demo import environment
+from examples.moe_lm.environment import environment
 from lightning_muon.orthogonalize import orthogonalization_flops, polynomial_sequence
 from lightning_muon.partition import Alone, Range
 from lightning_muon.sharding.ownership import OwnershipPlan

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from examples.moe_lm.config import ModelConfig
-from examples.moe_lm.demo import environment
+from examples.moe_lm.environment import environment
 from examples.moe_lm.train import main as train
 from lightning_muon.scaling.ladder import read_ladder
 from lightning_muon.scaling.plot import plot

@@ -31,7 +31,7 @@ from benchmarks.claims.markdown import table
 from benchmarks.timing import time_alternating, write
 from benchmarks.two_hosts.fsdp import cpu_mesh
 from examples.moe_lm.config import ModelConfig
-from examples.moe_lm.demo import environment
+from examples.moe_lm.environment import environment
 from examples.moe_lm.model import MoELM, next_token_nll
 from lightning_muon.local import local
 from lightning_muon.sharding.fsdp import FSDPOptions

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from examples.moe_lm.demo import environment
+from examples.moe_lm.environment import environment
 
 __all__ = ["report", "time_alternating", "write"]
 

@@ -16,7 +16,7 @@ from benchmarks.claims.pool import default_slots
 from benchmarks.claims.run import Outcome
 from benchmarks.claims.setting import GRIDS, MODEL, SEEDS, STEPS, TUNING_SEEDS, Setting
 from benchmarks.claims.tuning import Tuned
-from examples.moe_lm.demo import environment
+from examples.moe_lm.environment import environment
 from lightning_muon.checkpoint.atomic import replacing
 
 Results = dict[str, Any]

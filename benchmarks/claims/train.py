@@ -22,7 +22,7 @@ from benchmarks.claims.conversations import train_on_conversations
 from benchmarks.claims.description import Measure, Run
 from benchmarks.claims.scaled_model import ScaledMoELM
 from examples.moe_lm.data import TextDataModule
-from examples.moe_lm.demo import environment
+from examples.moe_lm.environment import environment
 
 _MONITORS: dict[Measure, type[lm.UpdateRMSMonitor] | type[lm.WeightNormMonitor] | type[lm.SpectrumMonitor]] = {
     "updates": lm.UpdateRMSMonitor,

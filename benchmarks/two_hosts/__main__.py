@@ -24,7 +24,7 @@ from benchmarks.two_hosts.peers import PEERS, missing, version
 from benchmarks.two_hosts.rank import Job
 from benchmarks.two_hosts.report import figures, print_run
 from benchmarks.two_hosts.variants import VARIANTS
-from examples.moe_lm.demo import environment
+from examples.moe_lm.environment import environment
 
 _TIMEOUT_S = 7200.0
 _ROOT = Path(__file__).parents[2]

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
 import warnings
@@ -29,6 +26,7 @@ from typing_extensions import override
 import lightning_muon as lm
 from examples.moe_lm.config import ModelConfig
 from examples.moe_lm.data import SEPARATOR, TextDataModule
+from examples.moe_lm.environment import environment
 from examples.moe_lm.model import MoELM
 from examples.moe_lm.report import draw_loss, draw_matrices, read_scalars
 from examples.moe_lm.spectra import draw_spectra, read_spectra
@@ -78,23 +76,6 @@ class StateBytes(Callback):
         self.per_rank = [mine] * trainer.world_size
         if dist.is_initialized():
             dist.all_gather_object(self.per_rank, mine)
-
-
-def environment() -> dict[str, Any]:
-    """Hardware, versions and commit, to stand beside every figure."""
-    cpuinfo = Path("/proc/cpuinfo")
-    models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
-    )
-    return {
-        "cpu": models[0].split(":", 1)[1].strip() if models else platform.processor() or platform.machine(),
-        "cpu_count": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "lightning": L.__version__,
-        "commit": git.stdout.strip() or None,
-    }
 
 
 def sample(model: MoELM, prompt: str, num_bytes: int, seed: int) -> str:
