@@ -1,5 +1,6 @@
 """``python -m tests.claims.pool_script FOLDER good|bad|slow``: runs a pool, for tests that look at it from outside."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from benchmarks.claims.pool import run_all
 from tests.claims.conftest import TINY, tiny_run
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without it
     folder, kind = Path(sys.argv[1]), sys.argv[2]
     runs = [tiny_run(seed=1), tiny_run(seed=2), tiny_run(seed=1)]
     if kind == "bad":
