@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Literal, get_args
 
-__all__ = ["check_interval", "check_pattern"]
+__all__ = ["Mode", "check_interval", "check_mode", "check_pattern"]
+
+Mode = Literal["brief", "detailed"]
 
 
 def check_pattern(argument: str, value: Any) -> None:
@@ -35,3 +37,13 @@ def check_interval(every_n_steps: Any) -> None:
         return
     if not isinstance(every_n_steps, int) or isinstance(every_n_steps, bool) or every_n_steps < 1:
         raise ValueError(f"every_n_steps={every_n_steps!r} must be a whole number of optimizer steps, 1 or more.")
+
+
+def check_mode(mode: Any) -> None:
+    """How much is logged.
+
+    Raises:
+        ValueError: It is none of `Mode`.
+    """
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode={mode!r} is not known; choose 'brief' or 'detailed'.")

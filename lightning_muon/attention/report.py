@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from lightning_muon.arguments import check_mode
 from lightning_muon.monitoring.alarms import Finding
 
 __all__ = ["ALARM", "attention_figures", "attention_findings"]
@@ -24,8 +25,7 @@ def attention_figures(maxima: Mapping[str, Sequence[float]], clipped: Mapping[st
     Raises:
         ValueError: Another mode.
     """
-    if mode not in ("brief", "detailed"):
-        raise ValueError(f"mode={mode!r} is not known; choose 'brief' or 'detailed'.")
+    check_mode(mode)
     values: dict[str, float] = {}
     own = {name: max(heads) for name, heads in maxima.items() if max(heads) > -math.inf}
     for name, largest in own.items():

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_muon.arguments import check_pattern
+from lightning_muon.arguments import Mode, check_mode, check_pattern
 from lightning_muon.experts.counting import Counted, count_routing, new_sums
 from lightning_muon.experts.keys import logged_values
 from lightning_muon.experts.reading import Read, Routing, read_by, read_output
@@ -59,12 +59,11 @@ class ExpertLoads:
         model: nn.Module,
         include: str | None = None,
         exclude: str | None = None,
-        mode: Literal["brief", "detailed"] = "brief",
+        mode: Mode = "brief",
         read: Read | None = None,
         routers: str | None = None,
     ) -> None:
-        if mode not in ("brief", "detailed"):
-            raise ValueError(f"mode={mode!r} is not known; choose 'brief' or 'detailed'.")
+        check_mode(mode)
         for argument, value in (("include", include), ("exclude", exclude), ("routers", routers)):
             check_pattern(argument, value)
         found = find_routers(model, routers, include, exclude)

@@ -93,7 +93,9 @@ class MuonFSDPStrategy(WholeCheckpoints, ModelParallelStrategy):
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
         if save_in_background and not save_distributed_checkpoint:
-            raise ValueError("save_in_background=True is for shards: pass save_distributed_checkpoint=True as well.")
+            raise ValueError(
+                "save_in_background=True is for sharded saves: pass save_distributed_checkpoint=True as well."
+            )
         options = FSDPOptions(
             wrap=wrap,
             activation_checkpointing=activation_checkpointing,

@@ -5,17 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
-from lightning_muon.arguments import check_pattern
+from lightning_muon.arguments import Mode, check_mode, check_pattern
 from lightning_muon.monitoring.families import FAMILIES, OF_ALIGNMENTS, OF_SPECTRA, OF_UPDATES, WATCHED
 from lightning_muon.muon import Muon
 
 __all__ = ["Mode", "Request"]
-
-Mode = Literal["brief", "detailed"]
 
 
 @dataclass(frozen=True)
@@ -39,8 +36,7 @@ class Request:
     mode: Mode = "brief"
 
     def __post_init__(self) -> None:
-        if self.mode not in ("brief", "detailed"):
-            raise ValueError(f"mode={self.mode!r} is not known; choose 'brief' or 'detailed'.")
+        check_mode(self.mode)
         check_pattern("include", self.include)
         check_pattern("exclude", self.exclude)
         unknown = set(self.families) - set(FAMILIES)

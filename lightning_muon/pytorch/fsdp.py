@@ -223,7 +223,7 @@ class MuonFSDPStrategy(WholeCheckpoints, ModelParallelStrategy):
             return
         require_local(filepath, type(self).__name__)
         if storage_options is not None:
-            raise TypeError(f"{type(self).__name__} saves shards without a CheckpointIO: leave storage_options out.")
+            raise ValueError(f"{type(self).__name__} saves shards without storage_options: leave them out.")
         rest = dict(checkpoint)
         weights = {"state_dict": rest.pop("state_dict")}
         optimizers = {f"optimizer_{number}": state for number, state in enumerate(rest.pop("optimizer_states", []))}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
-from lightning_muon.arguments import check_interval, check_pattern
+from lightning_muon.arguments import Mode, check_interval, check_mode, check_pattern
 from lightning_muon.experts import ExpertLoads, Read
 from lightning_muon.fabric.loggers import Loggers
 
@@ -60,13 +60,12 @@ class ExpertLoadMonitor(Callback):
         every_n_steps: int | None = None,
         include: str | None = None,
         exclude: str | None = None,
-        mode: Literal["brief", "detailed"] = "brief",
+        mode: Mode = "brief",
         read: Read | None = None,
         routers: str | None = None,
     ) -> None:
         check_interval(every_n_steps)
-        if mode not in ("brief", "detailed"):
-            raise ValueError(f"mode={mode!r} is not known; choose 'brief' or 'detailed'.")
+        check_mode(mode)
         for argument, value in (("include", include), ("exclude", exclude), ("routers", routers)):
             check_pattern(argument, value)
         self.every_n_steps = every_n_steps

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_muon.arguments import check_interval, check_pattern
+from lightning_muon.arguments import check_interval, check_mode, check_pattern
 from lightning_muon.attention import DescribeHeads, QKClipper
 from lightning_muon.attention.report import ALARM
 from lightning_muon.fabric.loggers import Loggers
@@ -78,8 +78,7 @@ class QKClip(Callback):
         check_pattern("include", include)
         check_pattern("exclude", exclude)
         check_interval(every_n_steps)
-        if mode not in ("brief", "detailed"):
-            raise ValueError(f"mode={mode!r} is not known; choose 'brief' or 'detailed'.")
+        check_mode(mode)
         self.tau, self.log_only, self.every_n_steps = tau, log_only, every_n_steps
         self.include, self.exclude, self.mode, self.heads = include, exclude, mode, heads
         self._clipper: QKClipper | None = None
