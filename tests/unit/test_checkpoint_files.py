@@ -259,7 +259,7 @@ def test_weights_of_another_model_are_refused():
     other = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2), nn.Linear(2, 2))
     with pytest.raises(
         CheckpointError,
-        match=r"last\.ckpt: .*besides 2\.bias, 2\.weight\. .*0\.weight is \(5, 3\) there and \(4, 3\) here",
+        match=r"last\.ckpt: .*also has 2\.bias, 2\.weight\. .*0\.weight is \(5, 3\) there and \(4, 3\) here",
     ):
         check_weights(other.state_dict(), module, source="last.ckpt")
     with pytest.raises(CheckpointError, match=r"lacks 1\.bias, 1\.weight"):
