@@ -109,7 +109,7 @@ QUANTITIES = (
         in_tensorboard=True,
     ),
     Quantity(
-        "muon/momentum_q50·√r",
+        "muon/momentum_scaled_q50",
         "The same times √r",
         "Momentum",
         "σ·√r, r the matrix's shorter side: what is left when width is taken out. A square matrix of noise has 0.81,"

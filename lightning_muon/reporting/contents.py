@@ -72,8 +72,7 @@ def contents(runs: Sequence[Run], loss_pattern: str, max_rows: int) -> list[Sect
 
 def _quantity(quantity: Quantity, runs: Sequence[Run], max_rows: int, section: Section) -> Chart | None:
     chart = heat_map(quantity, runs, max_rows)
-    is_optional = "·" in quantity.family or quantity.is_constant_left_out
-    if chart is None and not is_optional and section.title not in _OF_SOME_MODELS:
+    if chart is None and not quantity.is_constant_left_out and section.title not in _OF_SOME_MODELS:
         section.missing.append(f"{quantity.title} ({quantity.family}/…): {quantity.logged_by}")
     return chart
 

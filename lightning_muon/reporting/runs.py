@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -53,8 +52,6 @@ class Run:
 
     def family(self, family: str) -> dict[str, Series]:
         """The wanted layers' own values by name; those of Muon in the model's order, the others after them."""
-        if family == "muon/momentum_q50·√r":
-            return self._width_corrected()
         keys = own_keys(self.scalars, family)
         order = {name: place for place, name in enumerate(self.model.parameters if self.model else ())}
         names = sorted(keys, key=lambda name: (order.get(name, len(order)), name))
@@ -85,14 +82,6 @@ class Run:
     def _wants(self, name: str) -> bool:
         is_included = re.search(self.include or "", name) is not None
         return is_included and not (self.exclude and re.search(self.exclude, name))
-
-    def _width_corrected(self) -> dict[str, Series]:
-        parameters = self.model.parameters if self.model else {}
-        return {
-            name: {step: value * math.sqrt(parameters[name].rank) for step, value in series.items()}
-            for name, series in self.family("muon/momentum_q50").items()
-            if name in parameters
-        }
 
 
 @dataclass
