@@ -150,8 +150,8 @@ class MuonFSDPStrategy(WholeCheckpoints, ModelParallelStrategy):
 
     @override
     def setup_module_and_optimizers(
-        self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None
-    ) -> tuple[nn.Module, list[Optimizer], Any]:
+        self, module: nn.Module, optimizers: list[Optimizer], *scheduler: Any
+    ) -> tuple[Any, ...]:
         """Shard a module whose optimizers exist; they go on with its shards.
 
         A module that is made on the meta device is set up first, and its optimizer after it.
@@ -162,7 +162,8 @@ class MuonFSDPStrategy(WholeCheckpoints, ModelParallelStrategy):
         new = {param: after[name] for name, param in before.items()}
         for optimizer in optimizers:
             require_muon(optimizer, self._name).replace_parameters(new)
-        return module, [self.setup_optimizer(optimizer) for optimizer in optimizers], scheduler
+        # Fabric 2.6 passes a scheduler, or None, and takes it back; 2.5 does neither
+        return module, [self.setup_optimizer(optimizer) for optimizer in optimizers], *scheduler
 
     @override
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
