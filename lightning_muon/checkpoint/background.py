@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 
 from lightning_muon.checkpoint.folders import save_folder
 from lightning_muon.checkpoint.tensors import flatten, nest
@@ -64,8 +64,8 @@ class BackgroundSaver:
         # collectives of two threads must not meet in one group, and this one's data is in CPU memory
         self._group = dist.new_group(backend="gloo", timeout=timeout) if has_processes else None
         self._processes = Processes.of(self._group)
-        pinned = torch.cuda.is_available()
-        self._stager = DefaultStager(StagingOptions(pinned, False, False, False))
+        # not the DefaultStager around it, which torch 2.11 closes after the first save
+        self._stager = StateDictStager(pin_memory=torch.cuda.is_available())
         self._pending: PendingSave | None = None
 
     def save(self, path: str | Path, state: Mapping[str, Any], meta: Mapping[str, Any]) -> PendingSave:
@@ -106,7 +106,7 @@ class BackgroundSaver:
         try:
             self.wait()
         finally:
-            self._stager.close()
+            self._stager.close()  # type: ignore[no-untyped-call]
             if self._group is not None:
                 dist.destroy_process_group(self._group)
 
