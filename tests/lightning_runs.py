@@ -13,6 +13,7 @@ from typing_extensions import override
 import lightning_muon as lm
 from tests.fsdp.layouts import copies_agree
 from tests.models import awkward_model, token_batches
+from tests.versions import WEIGHTS_ONLY
 
 GLOBAL_BATCH = 12
 
@@ -153,7 +154,7 @@ def fit(max_steps=20, save_to=None, resume_from=None, module_options=None, **tra
     """Fit through the Trainer; returns the weights, the clipping norms, the gathered state bytes."""
     module = AwkwardLightningModule(**(module_options or {}))
     run = trainer(max_steps, **trainer_options)
-    run.fit(module, ckpt_path=resume_from, weights_only=True if resume_from else None)
+    run.fit(module, ckpt_path=resume_from, **WEIGHTS_ONLY)
     if save_to is not None:
         run.save_checkpoint(save_to)
     assert module.replica_difference == 0, "replicas differ after some step"
@@ -183,7 +184,7 @@ def fabric_fit(
     module, optimizer = fabric.setup(bare, lm.Muon(bare, **options))
     first, norms = 0, []
     if resume_from is not None:
-        first = fabric.load(resume_from, {"module": module, "optimizer": optimizer}, weights_only=True)["step"]
+        first = fabric.load(resume_from, {"module": module, "optimizer": optimizer}, **WEIGHTS_ONLY)["step"]
     for step, tokens in enumerate(token_batches(20, GLOBAL_BATCH)[first:max_steps], start=first + 1):
         micro_batches = tokens.chunk(fabric.world_size)[fabric.global_rank].chunk(accumulate)
         for number, micro_batch in enumerate(micro_batches, start=1):

@@ -16,8 +16,8 @@ from tests.fsdp.test_training_shards import pair
 from tests.integration.test_lightning import assert_close, reference
 from tests.lightning_runs import AwkwardLightningModule, PoolEnvironment, fabric_fit, fit, trainer, weights
 from tests.models import awkward_model, token_batches
-from tests.moving_average import EMAWeightAveraging
 from tests.processes import run_processes
+from tests.versions import EMAWeightAveraging
 
 BLOCKS = (nn.Linear, nn.Conv1d)
 

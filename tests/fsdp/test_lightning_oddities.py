@@ -12,6 +12,7 @@ from tests.integration.test_lightning import assert_close, reference
 from tests.lightning_runs import GLOBAL_BATCH, AwkwardLightningModule, PoolEnvironment, trainer, weights
 from tests.models import awkward_model, token_batches
 from tests.processes import run_processes
+from tests.versions import needs_unused_parameters
 
 OPTIONS = {"lr": 1e-2, "adamw_lr": 5e-3, "orthogonalization_dtype": torch.float32}
 # of each step, the ranks that take the branch
@@ -93,6 +94,7 @@ def by_hand(world_size, policy):
     return history
 
 
+@needs_unused_parameters
 @pytest.mark.parametrize("policy", ["zero", "skip"])
 @pytest.mark.parametrize("how", [through_trainer, through_fabric])
 def test_branches_that_some_ranks_do_not_take(how, policy):
@@ -108,6 +110,7 @@ def complains(how):
     return str(raised.value)
 
 
+@needs_unused_parameters
 @pytest.mark.parametrize("how", [through_trainer, through_fabric])
 def test_by_default_they_are_an_error_on_every_rank(how):
     for text in run_processes(3, complains, how):

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from lightning_muon.sharding.fsdp.missing import MissingFSDPGradients
 from tests.processes import run_processes
 from tests.references import relative_error
+from tests.versions import needs_unused_parameters
 
 NAMES = [f"layers.{index}.{branch}.{kind}" for index in (0, 1) for branch in "ab" for kind in ("weight", "bias")]
 NAMES += ["stem.weight", "stem.bias", "never"]
@@ -107,6 +108,7 @@ def expected_gradients(policy, plans, world_size):
 PLANS = [[{0}], [{0, 1}], [set()], [{1}, set()], [set(), {0}]]
 
 
+@needs_unused_parameters
 @pytest.mark.parametrize("policy", ["zero", "skip"])
 @pytest.mark.parametrize(
     ("precision", "method", "shape"),
@@ -124,6 +126,7 @@ def test_zero_and_skip(policy, precision, method, shape):
                     assert relative_error(grads[name], grad) <= (0.02 if precision == "mixed" else 1e-5), name
 
 
+@needs_unused_parameters
 def test_raise():
     for steps in run_processes(2, gradients, "raise", PLANS, "full", "forward", (2,)):
         for step in (0, 3, 4):
@@ -162,12 +165,13 @@ def unfrozen():
     return found
 
 
+@needs_unused_parameters
 def test_what_is_unfrozen_later_trains():
     assert run_processes(2, unfrozen) == [[False, True]] * 2
 
 
 def test_an_old_torch_is_an_error(monkeypatch):
-    monkeypatch.delattr(FSDPModule, "set_reduce_scatter_unused_params")
+    monkeypatch.delattr(FSDPModule, "set_reduce_scatter_unused_params", raising=False)
     with pytest.raises(RuntimeError, match=r"missing_gradients='zero' needs torch 2\.13"):
         MissingFSDPGradients("zero")
     assert MissingFSDPGradients(None).policy is None

@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 import lightning_muon as lm
 from tests.lightning_runs import AwkwardLightningModule, PoolEnvironment, fabric_fit, fit, trainer
 from tests.processes import run_processes
+from tests.versions import WEIGHTS_ONLY
 
 
 def other_optimizer_trainer():
@@ -50,7 +51,7 @@ class WiderTranslating(Wider):
 def checkpoint_of_another_model(path):
     fit(3, save_to=path)
     with pytest.raises(ValueError, match=r"of another model.*Trained now and not in it: extra\.bias, extra\.weight"):
-        trainer().fit(WiderTranslating(), ckpt_path=path, weights_only=True)
+        trainer().fit(WiderTranslating(), ckpt_path=path, **WEIGHTS_ONLY)
 
 
 def nan_in_training():
@@ -118,7 +119,7 @@ def float16_without_a_scaler():
 def weights_of_another_model(path):
     fit(1, save_to=path)
     for load in (
-        lambda: trainer(2).fit(Wider(), ckpt_path=path, weights_only=True),
+        lambda: trainer(2).fit(Wider(), ckpt_path=path, **WEIGHTS_ONLY),
         lambda: fabric_load_into(torch.nn.Linear(3, 3), path),
     ):
         with pytest.raises(lm.CheckpointError, match=r"weights of another model\. It lacks .*Build the model as"):
@@ -129,7 +130,7 @@ def fabric_load_into(module, path):
     fabric = L.Fabric(accelerator="cpu", devices=2, strategy="muon_zero1", plugins=[PoolEnvironment()])
     fabric.launch()
     module, _ = fabric.setup(module, lm.Muon(module))
-    fabric.load(path, {"state_dict": module}, weights_only=True)
+    fabric.load(path, {"state_dict": module}, **WEIGHTS_ONLY)
 
 
 class BadDisk(lm.MuonCheckpointIO):

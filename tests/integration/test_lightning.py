@@ -9,8 +9,8 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 import lightning_muon as lm
 from tests.lightning_runs import GLOBAL_BATCH, AwkwardLightningModule, fabric_fit, fit, trainer, weights
 from tests.models import awkward_model, token_batches
-from tests.moving_average import EMAWeightAveraging, needs_moving_average
 from tests.processes import run_processes
+from tests.versions import EMAWeightAveraging, needs_moving_average
 
 WORLD_SIZES = [1, 2, 3, 4]
 

@@ -8,8 +8,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 import lightning_muon as lm
 from lightning_muon.sharding.in_flight import InFlight
 from tests.lightning_runs import AwkwardLightningModule, trainer, weights
-from tests.moving_average import EMAWeightAveraging
 from tests.processes import run_processes
+from tests.versions import EMAWeightAveraging
 
 STEPS = 200
 
