@@ -48,7 +48,7 @@ class MuonCheckpointIO(TorchCheckpointIO):
             CheckpointError: It is missing, torn, altered, or unsafe.
         """
         if _is_remote(path):
-            return super().load_checkpoint(path, map_location, weights_only)
+            return super().load_checkpoint(path, map_location, **_asked(weights_only))
         return load_canonical(Path(path), weights_only=weights_only is not False)
 
     @override
@@ -142,5 +142,10 @@ def read_together(io: CheckpointIO, path: _PATH, weights_only: bool | None) -> d
         checkpoint: dict[str, Any] = load_file_together(Path(path), weights_only=weights_only is not False)
         return checkpoint
     found: list[dict[str, Any]] = []
-    Processes.of(None).together(lambda: found.append(io.load_checkpoint(path, weights_only=weights_only)))
+    Processes.of(None).together(lambda: found.append(io.load_checkpoint(path, **_asked(weights_only))))
     return found[0]
+
+
+def _asked(weights_only: bool | None) -> dict[str, bool]:
+    """The argument, if somebody has given it. Plugins of Lightning 2.5 have none, and nobody can give it there."""
+    return {} if weights_only is None else {"weights_only": weights_only}

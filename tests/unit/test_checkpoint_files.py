@@ -8,12 +8,14 @@ import zipfile
 
 import pytest
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from torch import nn
 
 from lightning_muon.checkpoint import atomic
 from lightning_muon.checkpoint.check import check_weights
 from lightning_muon.checkpoint.errors import CheckpointError
 from lightning_muon.checkpoint.files import load_file, save_file, verify_file
+from lightning_muon.fabric.checkpoint_io import MuonCheckpointIO, read_together
 
 CHECKPOINT = {
     "state_dict": {"weight": torch.arange(5000.0), "half": torch.ones(7, dtype=torch.bfloat16)},
@@ -280,3 +282,14 @@ def test_a_folder_that_is_no_checkpoint_is_not_replaced(tmp_path):
     empty.mkdir()
     save_file({"a": 1}, empty)
     assert load_file(empty) == {"a": 1}
+
+
+def test_paths_with_a_protocol_go_lightnings_own_way():
+    MuonCheckpointIO().save_checkpoint({"step": 3}, "memory://last.ckpt")
+    assert MuonCheckpointIO().load_checkpoint("memory://last.ckpt") == {"step": 3}
+    MuonCheckpointIO().remove_checkpoint("memory://last.ckpt")
+
+
+def test_a_plugin_of_lightnings_reads_for_all_processes(tmp_path):
+    TorchCheckpointIO().save_checkpoint({"step": 3}, tmp_path / "last.ckpt")
+    assert read_together(TorchCheckpointIO(), tmp_path / "last.ckpt", None) == {"step": 3}
