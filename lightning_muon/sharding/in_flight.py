@@ -15,6 +15,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch._guards import TracingContext
 
 __all__ = ["Flight", "InFlight", "arrive", "can_depart", "depart"]
 
@@ -67,9 +68,7 @@ class InFlight(nn.Parameter):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         for param in _in_flight((args, kwargs)):
-            if torch.compiler.is_compiling():
-                param.flight.seen_by_compiler()
-            param.flight.land()
+            _land(param)
         return func(*args, **(kwargs or {}))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -79,6 +78,14 @@ class InFlight(nn.Parameter):
     def __reduce_ex__(self, protocol: Any) -> Any:
         self.flight.land()
         return self.__reduce_ex__(protocol)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _land(param: InFlight) -> None:
+    # the compiler looks at a tensor before it traces its use, and in torch 2.11 is_compiling() is False while it does
+    if torch.compiler.is_compiling() or TracingContext.try_get() is not None:
+        param.flight.seen_by_compiler()
+    param.flight.land()
 
 
 def _in_flight(arguments: Any) -> Iterator[InFlight]:
