@@ -33,7 +33,6 @@ from benchmarks.claims.setting import Setting
 _MODULES: dict[str, Any] = {  # in the page's order
     steps_to_loss.NAME: steps_to_loss,
     "steps_to_loss_longer": steps_to_loss,
-    "steps_to_loss_larger_batch": steps_to_loss,
     loss_curves.NAME: loss_curves,
     **{one.NAME: one for one in (scaling_law, scale_rule, weight_decay, svd_entropy, attention_logits)},
     **{one.NAME: one for one in (momentum_spectra, fine_tuning)},
