@@ -62,6 +62,10 @@ class WeightPublisher:
         self.group, self.tell = group, tell
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.overlap = overlap and all(can_depart(param) for param in slices)
+        if self.overlap:
+            # A parameter in flight changes its class and stays in its dictionary, where compiled code would not look
+            # again (torch 2.11): it would read the weights of the last step.
+            torch._dynamo.config.skip_tensor_guards_with_matching_dict_tags = False
         self.stages = _stages(slices, self.world_size, share_bytes)
         self._exchanges = [_exchanges(stage, slices, group) for stage in self.stages]
         self._flights: list[_Flight] = []
