@@ -80,8 +80,8 @@ def match(
         told = [f"{name} ({now} here, {before} there)" for name, (now, before) in moved.items()]
         raise ValueError(
             f"Routed otherwise than in the saved run: {_some(told)}. Give the rules of that run, or begin a new one"
-            ' from its weights alone: module.load_state_dict(torch.load(path)["state_dict"]), and no ckpt_path. The'
-            " optimizer has not been changed."
+            ' from its weights alone: module.load_state_dict(lm.MuonCheckpointIO().load_checkpoint(path)["state_dict"])'
+            " before fit, and no ckpt_path. The optimizer has not been changed."
         )
     groups = []
     for group in param_groups:

@@ -119,12 +119,14 @@ class GlobalBatchLoader(DataLoader[Any]):
         epoch, number = self._resumes_at
         if epoch != share.epoch or number == share.num_batches:
             epoch, number = share.epoch, 0
-        self._resumes_at = (0, 0)
-        share.start, share.earliest_epoch = number, 0
+        first, share.start, share.earliest_epoch = number, number, 0
         for batch in super().__iter__():
             number += 1
+            if number == first + 2:
+                self._resumes_at = (0, 0)  # and not before: one batch may only have been looked at
             self._position = (epoch, number)
             yield batch
+        self._resumes_at = (0, 0)
 
     @property
     def epoch(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,8 @@ def suspected_heads(param_groups: Sequence[Mapping[str, Any]], routes: Mapping[s
 
 
 def warn_of_heads(param_groups: Sequence[Mapping[str, Any]], routes: Mapping[str, Route]) -> None:
-    """Say so where the optimizer is made."""
+    """Say so where the optimizer is made, on one process."""
+    if os.environ.get("LOCAL_RANK", "0") != "0" or os.environ.get("RANK", "0") != "0":
+        return
     for sentence in suspected_heads(param_groups, routes):
         warnings.warn(sentence, UserWarning, stacklevel=3)

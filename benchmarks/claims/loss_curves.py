@@ -95,7 +95,7 @@ def draw(results: Results, path: Path) -> None:
             losses = [[loss for _, loss in points] for points in zip(*curves, strict=True)]
             axes.fill_between(tokens, list(map(min, losses)), list(map(max, losses)), color=_COLOURS[arm], alpha=0.2)
             axes.plot(tokens, list(map(fmean, losses)), color=_COLOURS[arm], linewidth=1.8, label=_LABELS[arm])
-        title = f"mean of {len(results['seeds'])} seeds; bands from the lowest to the highest"
+        title = f"mean of the seeds ({len(results['seeds'])}); bands from the lowest to the highest"
         frame(axes, "million tokens", "validation loss, nats per byte", title)
         log_losses(axes)
         axes.legend(frameon=False)

@@ -107,9 +107,8 @@ def _describe(optimizer: Muon, loggers: Sequence[Any], step: int) -> None:
     for folder in log_folders(loggers):
         if folder not in written:
             written.add(folder)
-            _loggers.attempt(
-                f"The writer of muon_model.json in {folder}", 0, describe_model([optimizer], {}).write, folder
-            )
+            write = describe_model([optimizer], {}).write
+            _loggers.attempt(f"The writer of muon_model.json in {folder}", step, write, folder)
 
 
 def _check_watched(optimizer: Subject, request: Request) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from lightning_muon.muon import Muon
 
 __all__ = ["choices"]
@@ -13,6 +15,10 @@ def choices(optimizer: Muon) -> dict[str, object]:
         key: getattr(optimizer, key) for key in ("nonfinite", "idle_matrices", "master_weights")
     }
     for group in optimizer.param_groups:
-        options = {key: str(value) for key, value in group.items() if key not in ("params", "param_names")}
+        options = {key: _words(value) for key, value in group.items() if key not in ("params", "param_names")}
         found[f"group {group['name']!r}"] = options
     return found
+
+
+def _words(value: object) -> str:
+    return repr(value.tolist() if isinstance(value, Tensor) else value)  # not a tensor's device, which is each rank's

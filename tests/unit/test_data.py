@@ -192,6 +192,16 @@ def test_a_look_at_the_first_batch_takes_nothing_from_the_epoch():
     assert [batch.tolist() for batch in loader] == expected  # nor does an epoch from the next
 
 
+def test_a_look_after_loading_takes_nothing_from_the_rest():
+    (loader,), (resumed,) = loaders(1), loaders(1)
+    batches = [batch.tolist() for batch in loader]
+    resumed.load_state_dict({**loader.state_dict(), "batches": 2})
+    assert next(iter(resumed)).tolist() == batches[2]
+    assert [batch.tolist() for batch in resumed] == batches[2:]
+    resumed.set_epoch(0)
+    assert [batch.tolist() for batch in resumed] == batches
+
+
 def test_positions_of_before_go_on():
     """Those that say nothing of shuffling and of the dataset."""
     (loader,), (resumed,) = loaders(1), loaders(1)

@@ -137,14 +137,17 @@ class ShardedCheckpoints:
         Raises:
             OSError: It could not be written. What it was to replace has not been removed.
         """
+        self._wait()
+        while self._to_remove:
+            self._remove(self._to_remove.pop())
+
+    def _wait(self) -> None:
         if self._saver is not None:
             try:
                 self._saver.wait()
             except BaseException:
                 self._to_remove.clear()
                 raise
-        while self._to_remove:
-            self._remove(self._to_remove.pop())
 
     def _remove(self, path: Path) -> None:
         Processes.of(None).on_first(lambda: remove(path))
@@ -152,7 +155,11 @@ class ShardedCheckpoints:
     def close(self) -> None:
         """Wait, and give the background's processes and memory back."""
         try:
-            self.finish()
+            self._wait()
+            if Processes.of(None).rank == 0:  # the others are not asked: a process that has failed comes here alone
+                for path in self._to_remove:
+                    remove(path)
+            self._to_remove.clear()
         finally:
             if self._saver is not None:
                 self._saver.close()
