@@ -48,7 +48,8 @@ class Text(TextDataModule):
     def setup(self, stage: str = "fit") -> None:
         if self.train_set is not None:
             return
-        super().setup(stage)
+        # without super(): Lightning 2.5's save_hyperparameters takes what calls that for an __init__
+        TextDataModule.setup(self, stage)
         if self.tokenizer is None:
             return
         train, val = self._encode(self.train_set), self._encode(self.val_set)
