@@ -28,7 +28,8 @@ class Model(L.LightningModule):
 
     def on_train_batch_end(self, outputs: object, batch: list[Tensor], batch_idx: int) -> None:
         loss, processes = self.trainer.callback_metrics["loss"], self.trainer.world_size
-        self.print(f"step {self.global_step} on {processes} processes: loss {loss:.6f}", flush=True)
+        if self.trainer.is_global_zero:
+            print(f"step {self.global_step} on {processes} processes: loss {loss:.6f}", flush=True)
 
     def configure_optimizers(self) -> lm.Muon:
         return lm.Muon(self, lr=0.01)
