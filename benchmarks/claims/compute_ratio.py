@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 
@@ -21,6 +22,24 @@ def equal_loss_ratio(c: float, muon: tuple[float, float], adamw: tuple[float, fl
 def published_ratio(c: float) -> float:
     """What Moonlight's printed fits (arXiv 2502.16982, fig. 3) give at AdamW's ``c`` PFLOP/s-days."""
     return equal_loss_ratio(c, (2.506, 0.052), (2.608, 0.054))
+
+
+def interpolated_ratio(compute: float, loss: float, muon: Mapping[float, float]) -> float | None:
+    """The same without a law: between two of Muon's runs, in logarithms of compute and loss.
+
+    Args:
+        compute: AdamW's.
+        loss: That it reaches with it.
+        muon: Muon's mean loss by its compute.
+
+    Returns:
+        ``C_Muon / C``; ``None`` if no two neighbours have the loss between them.
+    """
+    for (less, above), (more, below) in itertools.pairwise(sorted(muon.items())):
+        if below <= loss <= above:
+            part = math.log(above / loss) / math.log(above / below)
+            return math.exp(math.log(less) + part * math.log(more / less) - math.log(compute))
+    return None
 
 
 def compute_ratios(

@@ -13,12 +13,13 @@ and with the orthogonalisation of Muon's step, which for so few tokens per step 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from benchmarks.claims.command import Results, diverged_text, main, tuning_as_json
-from benchmarks.claims.compute_ratio import compute_ratios, published_ratio
+from benchmarks.claims.compute_ratio import compute_ratios, interpolated_ratio, published_ratio
 from benchmarks.claims.description import Run
 from benchmarks.claims.figure import ADAMW, MUON, OTHER, THIRD, frame, log_losses, panels
 from benchmarks.claims.laboratory import Laboratory, losses_of, without_diverged
@@ -161,15 +162,23 @@ def tables(results: Results) -> str:
             [_LAWS[name], _interval(law["coefficient"], 3), _interval(law["exponent"], 4), f"{law['r_squared']:.3f}"]
             for name, law in results["laws"].items()
         ]
+        between = [interpolated(results, key) for key in _RATIOS]
         ratios = [
-            [str(one["width"]), *_ratio_text(one), *_ratio_text(whole)]
-            for one, whole in zip(*(results[key] for key in _RATIOS), strict=True)
+            [
+                str(one["width"]),
+                *_ratio_text(one),
+                number(between[0][n], 2),
+                *_ratio_text(whole),
+                number(between[1][n], 2),
+            ]
+            for n, (one, whole) in enumerate(zip(*(results[key] for key in _RATIOS), strict=True))
         ]
         interval = "95 %, bootstrap over seeds"
         parts += [
             table(["L = c · C^-α, C in PFLOP/s-days", "c (95 %)", "α (95 %)", "R²"], laws),
-            table(["at AdamW's loss of width", "Muon's compute / AdamW's, of the model", interval,
-                   "with the optimizer's", interval], ratios),
+            table(["at AdamW's loss of width", "Muon's compute / AdamW's, of the model, by the laws", interval,
+                   "between Muon's runs", "with the optimizer's, by the laws", interval, "between Muon's runs"],
+                  ratios),
         ]  # fmt: skip
     return "\n\n".join([*parts, "\n".join(findings(results))])
 
@@ -179,6 +188,26 @@ _RATIOS = {
     "compute_ratio": "by the model's compute, as the paper counts",
     "compute_ratio_with_optimizer": "with the compute of Muon's step",
 }
+
+
+def interpolated(results: Results, key: str) -> list[float | None]:
+    """The ratios without a law, at the widths of ``results[key]``."""
+    adds_step = key == "compute_ratio_with_optimizer"
+    model = {str(size["width"]): size["pflop_s_days"] for size in results["sizes"]}
+    of_muon = {
+        str(size["width"]): size["pflop_s_days"] + adds_step * size["pflop_s_days_of_muon"] for size in results["sizes"]
+    }
+    muon, adamw = (
+        {width: fmean(by_seed.values()) for width, by_seed in results["val_loss"][name].items()} for name in OPTIMIZERS
+    )
+    losses = {of_muon[width]: loss for width, loss in muon.items()}
+    widths = [str(one["width"]) for one in results[key]]
+    return [interpolated_ratio(model[width], adamw[width], losses) for width in widths]
+
+
+def _range(values: Iterable[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{min(known):.2f} to {max(known):.2f}" if known else "not to be had"
 
 
 def _losses_text(by_seed: Mapping[str, float] | None) -> str:
@@ -208,9 +237,9 @@ def findings(results: Results) -> list[str]:
         below = sum(one["high"] < 1 for one in ratios)
         said.append(
             f"- {verdict(below == len(sizes))}, {how}: Muon needs less compute than AdamW for the same loss, at every"
-            f" size. The ratio goes from {ratios[0]['ratio']:.2f} at the smallest size to {ratios[-1]['ratio']:.2f} at"
-            f" the largest, and its interval is below 1 at {below} of {len(sizes)} sizes. {tuned} of all were tuned,"
-            " and the others have rates by trend."
+            f" size. By the laws the ratio is {_range(one['ratio'] for one in ratios)}, its interval below 1 at {below}"
+            f" of {len(sizes)} sizes; between Muon's own runs it is {_range(interpolated(results, key))}. {tuned} of"
+            " all were tuned, and the others have rates by trend."
         )
     said.append(
         f"- Moonlight's printed fits give {published['1.0']:.2f} at 1 PFLOP/s-day and {published['18.0']:.2f} at 18."

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.claims import scaling_law
-from benchmarks.claims.compute_ratio import compute_ratios, equal_loss_ratio, published_ratio
+from benchmarks.claims.compute_ratio import compute_ratios, equal_loss_ratio, interpolated_ratio, published_ratio
 from benchmarks.claims.setting import Setting
 from benchmarks.claims.sizes import PFLOP_S_DAY, active_parameters, compute, geometry, num_steps, optimizer_compute
 from benchmarks.claims.trend import rates_at
@@ -57,6 +57,14 @@ def test_interval_widens_with_the_seeds_scatter_and_holds_the_truth() -> None:
     assert found[64]["low"] < truth < found[64]["high"]
     wider = compute_ratios(SIZES, SIZES, losses(1.1, 0.06, 0.03, seed=1), losses(1.3, 0.06, 0.03, seed=2))
     assert wider[64]["high"] - wider[64]["low"] > 3 * (found[64]["high"] - found[64]["low"])
+
+
+def test_interpolated_ratio_is_of_the_runs_alone() -> None:
+    power_law = {c: 3.0 * c**-0.06 for c in (1e-9, 1e-8, 1e-7)}
+    assert interpolated_ratio(5e-8, 3.0 * 2.5e-8**-0.06, power_law) == pytest.approx(0.5)
+    assert interpolated_ratio(1e-8, power_law[1e-8], power_law) == pytest.approx(1.0)
+    for beyond in (3.0 * 0.9e-9**-0.06, 3.0 * 1.1e-7**-0.06):
+        assert interpolated_ratio(1e-8, beyond, power_law) is None
 
 
 def test_seeds_are_paired() -> None:
@@ -138,14 +146,14 @@ def test_findings_of_both_ratios(tmp_path: Path) -> None:
     found = results_of(losses(factor, 0.06), losses(1.0, 0.06))
     model, whole, size, *_ = scaling_law.findings(found)
     assert model.startswith("- Seen, by the model's compute, as the paper counts: Muon needs less")
-    assert "below 1 at 4 of 4 sizes. 2 of all were tuned, and the others have rates by trend" in model
-    assert "from 0.80 at the smallest size to 0.80" in model
+    assert "By the laws the ratio is 0.80 to 0.80, its interval below 1 at 4 of 4 sizes; between Muon's own" in model
+    assert "runs it is 0.80 to 0.80. 2 of all were tuned, and the others have rates by trend" in model
     assert whole.startswith("- Not seen, with the compute of Muon's step")
-    assert "below 1 at 0 of 4 sizes" in whole
-    assert "from 1.20 at the smallest size to 1.20" in whole
+    assert "By the laws the ratio is 1.20 to 1.20, its interval below 1 at 0 of 4 sizes" in whole
     assert "by a factor of 1e+06" in size  # the largest is 1e-6
     text = scaling_law.tables(found)
-    assert "| 32 | 0.80 | 0.80 – 0.80 | 1.20 | 1.20 – 1.20 |" in text
+    assert "| 32 | 0.80 | 0.80 – 0.80 | – | 1.20 | 1.20 – 1.20 | – |" in text
+    assert "| 64 | 0.80 | 0.80 – 0.80 | 0.80 | 1.20 | 1.20 – 1.20 | 1.20 |" in text
     assert "| 128 | 1 | 1 | 8.6e+12 | 0.50 | by trend |" in text
 
 
