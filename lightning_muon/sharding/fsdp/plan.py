@@ -36,6 +36,10 @@ class ShardPlan:
         """All matrices."""
         return [key for stage in self.transfers for key in stage.owners]
 
+    def sent(self, rank: int, world_size: int) -> int:
+        """Elements that a rank sends in a step, to owners and back."""
+        return sum(t.to_owners(rank, world_size).sent + t.back(rank, world_size).sent for t in self.transfers)
+
 
 def plan_shards(
     optimizer: Muon, held: Mapping[str, Sequence[Shard]], hosts: Sequence[object], stage_bytes: int
