@@ -82,7 +82,8 @@ class InFlight(nn.Parameter):
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _land(param: InFlight) -> None:
-    # the compiler looks at a tensor before it traces its use, and in torch 2.11 is_compiling() is False while it does
+    # Not to be traced: it asks about the compiler, and waits. The compiler looks at a tensor before it traces its use,
+    # and in torch 2.11 is_compiling() is False while it does.
     if torch.compiler.is_compiling() or TracingContext.try_get() is not None:
         param.flight.seen_by_compiler()
     param.flight.land()
